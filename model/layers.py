@@ -1,0 +1,83 @@
+"""The small parts that the vision encoder and the decoder are made of.
+
+RMSNorm, rotary position embedding with llama3 scaling, SwiGLU, and `attend`, the one place where attention is
+computed. B batch, T text tokens, N keys, H query heads, G key/value heads, d head width, D model width.
+"""
+from functools import lru_cache
+from math import pi
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.config import TextConfig
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+    """Attention of q [B, H, T, d] over k, v [B, G, N, d], each for H / G query heads; returns [B, T, H·d].
+
+    `mask` is boolean, True where a query may look, and None on every path that does not need one: fused
+    kernels are only chosen then.
+    """
+    shared = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+    return out.transpose(1, 2).flatten(2)
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, T, H·d] -> [B, H, T, d]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension: in fp32, cast back, then times the weight."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * y.to(x.dtype)
+
+
+class SwiGLU(nn.Module):
+    def __init__(self, config: TextConfig):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+@lru_cache
+def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
+    """Angle per position of each pair of channels, [d/2] fp32; low ones slowed down by the llama3 rule.
+
+    Waves longer than the original context turn `factor` times slower, short ones are left alone, and those
+    between are blended. Source: Meta's `model.py`, `apply_scaling`.
+    """
+    d = config.head_dim
+    plain = config.rope_theta ** -(torch.arange(0, d, 2, device=device, dtype=torch.float32) / d)
+    s = config.rope_scaling
+    if s is None:
+        return plain
+    turns = s.original_max_position_embeddings * plain / (2 * pi)     # full turns within the original context
+    blend = ((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)).clamp(0, 1)
+    return (1 - blend) * plain / s.factor + blend * plain
+
+
+def rotary_angles(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and frequency: positions [B, T] -> two of [B, 1, T, d/2], fp32."""
+    angles = positions[:, None, :, None] * rotary_frequencies(config, positions.device)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Turn channel i together with channel i + d/2; multiplied in fp32 as Meta does, then cast back."""
+    (cos, sin), (a, b) = angles, x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
