@@ -13,8 +13,11 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
 import torch
 from PIL import Image
