@@ -88,7 +88,7 @@ def close(model: LlamaVision, ordinal: int):
 
 
 def cross_layers(model: LlamaVision) -> list[CrossAttentionLayer]:
-    return [layer for layer in model.language_model.layers if isinstance(layer, CrossAttentionLayer)]
+    return model.language_model.cross_layers
 
 
 def arguments() -> argparse.Namespace:

@@ -87,6 +87,11 @@ class Decoder(nn.Module):
             for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
+    @property
+    def cross_layers(self) -> list["CrossAttentionLayer"]:
+        """The layers that look at the image, by their ordinal."""
+        return [layer for layer in self.layers if isinstance(layer, CrossAttentionLayer)]
+
     def new_cache(self, batch: int, capacity: int) -> Cache:
         """Room for `capacity` tokens in each of `batch` rows."""
         c, like = self.config, self.norm.weight

@@ -19,7 +19,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.decoder import CrossAttentionLayer
 from model.image import ImageProcessor
 from model.llama_vision import LlamaVision
 from scenes.draw import RATIOS
@@ -251,8 +250,7 @@ def plan(seed: int, step: int, rank: int) -> tuple[tuple[int, int], bool]:
 
 def shut_later_layers(model: LlamaVision):
     """Close the gates of all cross-attention layers but the first: tanh(0) = 0, so nothing changes there."""
-    cross = [layer for layer in model.language_model.layers if isinstance(layer, CrossAttentionLayer)]
-    for layer in cross[1:]:
+    for layer in model.language_model.cross_layers[1:]:
         layer.cross_attn_attn_gate.data.zero_()
         layer.cross_attn_mlp_gate.data.zero_()
 
