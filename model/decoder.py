@@ -5,60 +5,24 @@ during prefill, and keeps them for decoding as ImageKV. Image keys carry no posi
 masking it. Text rows that see no image (everything before the first one) skip these layers exactly.
 B batch, T text tokens, N image tokens, H query heads, G key/value heads, d head width, D model width.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from model.config import EXTRA_EMBEDDINGS, TextConfig
+from model.image_tokens import ImageKV, ImageTokens, Queries, Sight, sight
 from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotate, split_heads
 
 
-@dataclass
-class ImageTokens:
-    """What the encoder leaves of the images of each batch row: real tiles only."""
-    features: Tensor                # [B, N, D] after the projector; zeros where a row has fewer
-    place: Tensor                   # [B, N, 4] image, tile, row, column; a class token has row and column -1
-    mask: Tensor | None = None      # [B, N] True where there is a token; None = everywhere
+class Moments(Protocol):
+    """What reading a prompt calls of a pruner: the second and third of the moments in `pruning/pruner.py`."""
 
-    def expand(self, batch: int) -> "ImageTokens":
-        """The same image for every row of a batch, without a copy."""
-        mask = None if self.mask is None else self.mask.expand(batch, -1)
-        return ImageTokens(self.features.expand(batch, -1, -1), self.place.expand(batch, -1, -1), mask)
+    def layer(self, i: int, queries: Queries, image: ImageTokens,
+              kv: ImageKV) -> tuple[ImageTokens, ImageKV]: ...
 
-
-@dataclass
-class ImageKV:
-    """Keys and values of one cross-attention layer, one per key/value head, never repeated."""
-    key: Tensor                     # [B, G, N, d]
-    value: Tensor                   # [B, G, N, d]
-
-    def take(self, columns: Tensor) -> "ImageKV":
-        """The image tokens where `columns` [N] is True."""
-        return ImageKV(self.key[:, :, columns], self.value[:, :, columns])
-
-
-@dataclass
-class Sight:
-    """Which text rows see which image tokens, in the cheapest form that says it."""
-    start: int                      # rows before this one see no image in any batch row, and are left out
-    rows: Tensor | None             # [B, T - start, 1] True where a row sees an image; None = all of them do
-    mask: Tensor | None             # [B, 1, T - start, N] True where a row sees a token; None = everywhere
-
-
-def sight(seen: Tensor, image: ImageTokens) -> Sight | None:
-    """From the images that each row sees (`visible_images` [B, T, 2]); None where no row sees any."""
-    which = image.place[:, None, :, 0]                                              # [B, 1, N]
-    mask = (which >= seen[..., :1]) & (which < seen[..., 1:])                       # [B, T, N]
-    if image.mask is not None:
-        mask = mask & image.mask[:, None]
-    rows = mask.any(-1)                                                             # [B, T]
-    if not rows.any():
-        return None
-    start = int(rows.any(0).int().argmax())
-    rows, mask = rows[:, start:, None], mask[:, start:]
-    mask = mask | ~rows            # a row that sees nothing needs a finite softmax; its result is thrown away
-    return Sight(start, None if rows.all() else rows, None if mask.all() else mask[:, None])
+    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]: ...
 
 
 @dataclass
@@ -67,8 +31,20 @@ class Cache:
     keys: list[Tensor]              # per self-attention layer [B, G, capacity, d], allocated once
     values: list[Tensor]
     lengths: list[int]              # tokens held for each batch row; they differ where prompts do
-    images: list[ImageKV]           # per cross-attention layer
-    sight: Sight | None = None      # what generated tokens see: what the last prompt token saw
+    images: list[ImageKV] = field(default_factory=list)     # per cross-attention layer; none: nobody sees any
+    rows: Tensor | None = None      # [B, 1, 1] True where generated tokens see an image; None = everywhere
+    queries: list[Tensor] = field(default_factory=list)     # [B, H, 1, d] of the last step, like `images`
+
+    def hold(self, kvs: list[ImageKV]):
+        """Decode with these from now on; tokens that are masked everywhere are let go."""
+        if kvs is not self.images:
+            self.images = [kv.settle(self.rows) for kv in kvs]
+
+    def kept(self) -> list[list[float]]:
+        """Image tokens held for each batch row, per cross-attention layer; a mean over key/value heads."""
+        rows = torch.ones(len(self.lengths)) if self.rows is None else self.rows.flatten().cpu().float()
+        counts = [kv.counts().cpu() * rows for kv in self.images]
+        return torch.stack(counts, dim=1).tolist() if counts else [[] for _ in self.lengths]
 
     def text_bytes(self) -> int:
         return sum(t.nbytes for t in self.keys + self.values)
@@ -92,39 +68,36 @@ class Decoder(nn.Module):
         """The layers that look at the image, by their ordinal."""
         return [layer for layer in self.layers if isinstance(layer, CrossAttentionLayer)]
 
-    def new_cache(self, batch: int, capacity: int) -> Cache:
-        """Room for `capacity` tokens in each of `batch` rows."""
+    def new_cache(self, lengths: list[int], capacity: int) -> Cache:
+        """Room for `capacity` tokens in each row, for prompts of these lengths."""
         c, like = self.config, self.norm.weight
-        shape = batch, c.num_key_value_heads, capacity, c.head_dim
+        shape = len(lengths), c.num_key_value_heads, capacity, c.head_dim
         depth = sum(isinstance(layer, SelfAttentionLayer) for layer in self.layers)
         keys, values = ([like.new_zeros(shape) for _ in range(depth)] for _ in range(2))
-        return Cache(keys, values, lengths=[0] * batch, images=[])
+        return Cache(keys, values, list(lengths))
 
-    def forward(self, input_ids: Tensor, image: ImageTokens | None, seeing: Sight | None,
-                cache: Cache | None = None) -> Tensor:
+    def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor,
+                cache: Cache | None = None, pruner: Moments | None = None) -> Tensor:
         """A whole sequence [B, T] -> hidden states [B, T, D] after the last norm; fills `cache` where one
-        is given.
+        is given. `seen` [B, T, 2] are the images that each row sees; `pruner` needs a cache.
 
         Shorter rows are padded on the right: what stands there is never seen by the tokens before it.
         """
         x = self.embed_tokens(input_ids)
         positions = torch.arange(x.shape[1], device=x.device)[None]
         angles = rotary_angles(positions, self.config)
+        seeing = None if image is None else sight(seen)
+        gaze = None if seeing is None else Gaze(seeing, image, cache, pruner)
         depth = 0
         for layer in self.layers:
-            if isinstance(layer, CrossAttentionLayer):
-                if seeing is None:
-                    continue
-                kv = layer.cross_attn.keys_values(image.features)
-                x = layer(x, kv, seeing)
-                if cache is not None:
-                    cache.images.append(kv)
-            else:
+            if isinstance(layer, SelfAttentionLayer):
                 x, k, v = layer(x, angles)
                 if cache is not None:
                     cache.keys[depth][:, :, :k.shape[2]] = k
                     cache.values[depth][:, :, :v.shape[2]] = v
                 depth += 1
+            elif gaze is not None:
+                x = gaze(layer, x)
         return self.norm(x)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
@@ -134,11 +107,14 @@ class Decoder(nn.Module):
         angles = rotary_angles(positions[:, None], self.config)
         past = Past(positions, max(cache.lengths) + 1, ragged=len(set(cache.lengths)) > 1)
         texts, images = iter(zip(cache.keys, cache.values, strict=True)), iter(cache.images)
+        cache.queries = []
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
                 x = layer.step(x, angles, *next(texts), past)
-            elif cache.sight is not None:
-                x = layer(x, next(images), cache.sight)
+            elif cache.images:
+                q, kv = layer.queries(x), next(images)
+                cache.queries.append(q)
+                x = layer(x, q, kv, cache.rows, None if kv.mask is None else kv.mask[:, :, None])
         cache.lengths = [n + 1 for n in cache.lengths]
         return self.norm(x)
 
@@ -157,6 +133,37 @@ class Decoder(nn.Module):
         if project_image:
             image += image_tokens * 4 * c.hidden_size * kv_width
         return (c.num_hidden_layers - cross) * text + (cross * image if image_tokens else 0)
+
+
+class Gaze:
+    """Takes text through the cross-attention layers, one after the other; a pruner may act at each."""
+
+    def __init__(self, seeing: Sight, image: ImageTokens, cache: Cache | None, pruner: Moments | None):
+        self.seeing, self.image, self.cache, self.pruner = seeing, image, cache, pruner
+        self.mask, self.ordinal = seeing.mask(image), 0
+
+    def __call__(self, layer: "CrossAttentionLayer", x: Tensor) -> Tensor:
+        """Rows of x [B, T, D] that see no image come back unchanged."""
+        blind, x = x[:, :self.seeing.start], x[:, self.seeing.start:]
+        q, kv, mask = layer.queries(x), layer.cross_attn.keys_values(self.image), self.mask
+        if self.pruner is not None:
+            image, used = self.pruner.layer(self.ordinal, self._asked(q), self.image, kv)
+            if used is not kv:
+                kv, mask = used, self.seeing.mask(used)
+            if image is not self.image:                 # what the next layers make their keys and values of
+                self.image, self.mask = image, self.seeing.mask(image)
+        if self.cache is not None:
+            self.cache.images.append(kv)
+        self.ordinal += 1
+        x = layer(x, q, kv, self.seeing.rows, mask)
+        return torch.cat((blind, x), dim=1) if self.seeing.start else x
+
+    def _asked(self, q: Tensor) -> Queries:
+        """Padding on the right of shorter prompts asks nothing."""
+        seen, start = self.seeing.seen, self.seeing.start
+        lengths = torch.tensor(self.cache.lengths, device=seen.device)[:, None]
+        real = torch.arange(start, start + seen.shape[1], device=seen.device) < lengths
+        return Queries(q, seen * real[..., None])
 
 
 class Past:
@@ -225,14 +232,16 @@ class CrossAttentionLayer(nn.Module):
         self.mlp = SwiGLU(c)
         self.cross_attn_mlp_gate = nn.Parameter(torch.zeros(1))
 
-    def forward(self, x: Tensor, kv: ImageKV, seeing: Sight) -> Tensor:
-        """Rows of x [B, T, D] that see no image come back unchanged."""
-        blind, x = x[:, :seeing.start], x[:, seeing.start:]
-        h = self.cross_attn(self.input_layernorm(x), kv, seeing.mask)
-        x = x + self.cross_attn_attn_gate.tanh() * (h if seeing.rows is None else h * seeing.rows)
+    def queries(self, x: Tensor) -> Tensor:
+        """Text [B, T, D] -> [B, H, T, d]."""
+        return self.cross_attn.queries(self.input_layernorm(x))
+
+    def forward(self, x: Tensor, q: Tensor, kv: ImageKV, rows: Tensor | None, mask: Tensor | None) -> Tensor:
+        """x [B, T, D] and its queries; `rows` and `mask` as in Sight."""
+        h = self.cross_attn(q, kv, mask)
+        x = x + self.cross_attn_attn_gate.tanh() * (h if rows is None else h * rows)
         h = self.mlp(self.post_attention_layernorm(x))
-        x = x + self.cross_attn_mlp_gate.tanh() * (h if seeing.rows is None else h * seeing.rows)
-        return torch.cat((blind, x), dim=1) if seeing.start else x
+        return x + self.cross_attn_mlp_gate.tanh() * (h if rows is None else h * rows)
 
 
 class CrossAttention(Projections):
@@ -243,11 +252,15 @@ class CrossAttention(Projections):
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps)
 
-    def keys_values(self, features: Tensor) -> ImageKV:
-        """[B, N, D] -> keys and values [B, G, N, d]."""
-        key = self.k_norm(split_heads(self.k_proj(features), self.kv_heads))
-        return ImageKV(key, split_heads(self.v_proj(features), self.kv_heads))
+    def queries(self, x: Tensor) -> Tensor:
+        return self.q_norm(split_heads(self.q_proj(x), self.heads))
 
-    def forward(self, x: Tensor, kv: ImageKV, mask: Tensor | None) -> Tensor:
-        q = self.q_norm(split_heads(self.q_proj(x), self.heads))
+    def keys_values(self, image: ImageTokens) -> ImageKV:
+        key = self.k_norm(split_heads(self.k_proj(image.features), self.kv_heads))
+        value = split_heads(self.v_proj(image.features), self.kv_heads)
+        return ImageKV(key, value, image.place[:, None], None if image.mask is None else image.mask[:, None])
+
+    def forward(self, q: Tensor, kv: ImageKV, mask: Tensor | None) -> Tensor:
+        if mask is not None and mask.shape[1] > 1:          # a set of its own in every key/value head
+            mask = mask.repeat_interleave(self.heads // self.kv_heads, dim=1)
         return self.o_proj(attend(q, kv.key, kv.value, mask))

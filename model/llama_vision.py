@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.config import Config
-from model.decoder import Cache, CrossAttentionLayer, Decoder, ImageTokens, SelfAttentionLayer, Sight, sight
+from model.decoder import Cache, CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
 from model.image import Tiles
+from model.image_tokens import ImageTokens, visible
 from model.prompt import visible_images
 from model.vision import VisionEncoder
 
@@ -42,7 +43,7 @@ class LlamaVision(nn.Module):
 
     def hidden(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
         """The states [B, T, D] that `lm_head` turns into logits: for a loss on some positions only."""
-        return self.language_model(input_ids, image, self._sight(input_ids, image))
+        return self.language_model(input_ids, image, self._seen(input_ids, image))
 
     def encode(self, tiles: list[Tiles | None]) -> ImageTokens | None:
         """The images of each batch row -> their tokens, real tiles only; None where no row has an image."""
@@ -79,27 +80,27 @@ class LlamaVision(nn.Module):
         return [(t, *where) for t in range(rows * columns) for where in tile]
 
     def prefill(self, input_ids: Tensor, lengths: list[int], image: ImageTokens | None,
-                max_new_tokens: int) -> tuple[Tensor, Cache]:
+                max_new_tokens: int, pruner: Moments | None = None) -> tuple[Tensor, Cache]:
         """Read prompts [B, T], row b holding `lengths[b]` tokens and padding on its right.
 
         Returns the logits after each prompt's last token [B, V], and a Cache with room for the new tokens.
+        `pruner` may drop image tokens at every cross-attention layer, and once more when all is read.
         """
-        batch = len(lengths)
         device = input_ids.device
-        last = torch.arange(batch, device=device), torch.tensor(lengths, device=device) - 1
-        cache = self.language_model.new_cache(batch, input_ids.shape[1] + max_new_tokens)
-        hidden = self.language_model(input_ids, image, self._sight(input_ids, image), cache)
-        cache.lengths = list(lengths)
-        if image is not None:
-            seen = visible_images(input_ids, self.config.image_token_index)
-            self._keep_what_is_seen(cache, seen[last], image)
+        last = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device) - 1
+        seen = self._seen(input_ids, image)
+        cache = self.language_model.new_cache(lengths, input_ids.shape[1] + max_new_tokens)
+        hidden = self.language_model(input_ids, image, seen, cache, pruner)
+        if cache.images:
+            self._keep_what_is_seen(cache, seen[last], pruner)
         return self.lm_head(hidden[last]).float(), cache
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """The logits [B, V] after one more token of each row [B]."""
         return self.lm_head(self.language_model.step(tokens, cache)[:, 0]).float()
 
-    def _sight(self, input_ids: Tensor, image: ImageTokens | None) -> Sight | None:
+    def _seen(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
+        """`visible_images`; ValueError where text and images do not fit together."""
         held = [0] * len(input_ids) if image is None else (image.place[..., 0].amax(1) + 1).tolist()
         if len(held) != len(input_ids):
             raise ValueError(f"{len(input_ids)} rows of text, but images for {len(held)}: None if without")
@@ -108,19 +109,20 @@ class LlamaVision(nn.Module):
             if tokens != images:
                 raise ValueError(f"row {row} has {tokens} image tokens in its text but {images} images; "
                                  "give one for each")
-        if image is None:
-            return None
-        return sight(visible_images(input_ids, self.config.image_token_index), image)
+        return visible_images(input_ids, self.config.image_token_index)
 
-    def _keep_what_is_seen(self, cache: Cache, seen: Tensor, image: ImageTokens):
-        """Let go what no row sees again: generated tokens see what the last prompt token saw [B, 2]."""
-        which = image.place[..., 0]
-        columns = ((which >= seen[:, :1]) & (which < seen[:, 1:])).any(0)                 # [N]
-        if not columns.all():
-            cache.images = [kv.take(columns) for kv in cache.images]
-            mask = None if image.mask is None else image.mask[:, columns]
-            image = ImageTokens(image.features[:, columns], image.place[:, columns], mask)
-        cache.sight = sight(seen[:, None], image)
+    def tokens_seen(self, input_ids: Tensor, lengths: list[int], image: ImageTokens) -> list[int]:
+        """How many image tokens the last token of each prompt sees, and with it all that is generated."""
+        last = torch.tensor(lengths, device=input_ids.device)[:, None, None].expand(-1, 1, 2) - 1
+        seen = self._seen(input_ids, image).take_along_dim(last, 1)                       # [B, 1, 2]
+        return visible(seen, image).sum((1, 2, 3)).tolist()
+
+    def _keep_what_is_seen(self, cache: Cache, seen: Tensor, pruner: Moments | None):
+        """Generated tokens see what the last prompt token saw [B, 2]; the rest is let go, without a loss."""
+        sees = seen[:, 0] < seen[:, 1]                                                    # [B]
+        cache.rows = None if sees.all() else sees[:, None, None]
+        kvs = [kv.seen_by(seen) for kv in cache.images] if sees.any() else []
+        cache.hold(pruner.prefilled(kvs) if pruner is not None and kvs else kvs)
 
     # ----- what it costs
 

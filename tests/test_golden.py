@@ -13,8 +13,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from model.decoder import ImageTokens
 from model.image import Tiles
+from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from weights import load_model
 

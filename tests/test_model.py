@@ -18,7 +18,9 @@ from model import layers
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.decoder import CrossAttentionLayer, SelfAttentionLayer
 from model.image import Tiles
+from model.image_tokens import sight
 from model.llama_vision import LlamaVision
+from model.prompt import visible_images
 from model.vision import VisionEncoder
 
 IMAGE = 60
@@ -146,7 +148,7 @@ def test_a_batch_of_text_alone(network, draw):
     for row, new, seen in zip(rows, tokens, logits, strict=True):
         close(seen, network(torch.tensor([row + new[:-1]]), [None])[0, len(row) - 1:])
     _, cache = network.prefill(pad(rows), [4, 2], None, 1)
-    assert cache.images == [] and cache.sight is None and cache.image_bytes() == 0
+    assert cache.images == [] and cache.image_bytes() == 0
 
 
 # ----- what is kept, and how attention is called
@@ -189,8 +191,9 @@ def test_masks_only_where_needed(network, draw, rows, grids, now, later):
     image = network.encode([draw(row, CONFIG.vision) if row else None for row in grids])
     ids = torch.tensor(rows)
     _, cache = network.prefill(ids, [ids.shape[1]] * len(ids), image, 1)
-    for seeing, expected in (network._sight(ids, image), now), (cache.sight, later):
-        assert (seeing.start, seeing.rows is None, seeing.mask is None) == expected
+    seeing = sight(visible_images(ids, IMAGE))
+    assert (seeing.start, seeing.rows is None, seeing.mask(image) is None) == now
+    assert (0, cache.rows is None, all(kv.mask is None for kv in cache.images)) == later
 
 
 def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles, calls):
@@ -442,7 +445,7 @@ def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, draw, kept):
     ids, decoder = torch.tensor([[IMAGE, 5, 6]]), network.language_model
     cache = network.prefill(ids, [3], network.encode([draw([(1, 2)], CONFIG.vision)]), 1)[1]
     columns = torch.arange(2 * TOKENS) < kept
-    cache.images = [kv.take(columns) for kv in cache.images]
+    cache.images = [kv.take(columns[None]) for kv in cache.images]
     expected = decoder.flops(1, 3, kept, project_image=False)
     assert counted(lambda: decoder.step(torch.tensor([5]), cache)) == expected
 

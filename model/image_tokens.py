@@ -1,0 +1,147 @@
+"""What is held of the images between encoder and decoder, and which text rows see it.
+
+ImageTokens leave the encoder; every cross-attention layer makes its ImageKV of them. Image keys carry no
+position, so dropping a token is exactly masking it: `take` drops, and the smaller set serves like the whole.
+Batch rows that keep fewer than the longest are padded and masked. B batch, T text tokens, N image tokens,
+H query heads, G key/value heads, K = 1 or G (sets that the heads share, or one a head), d head width.
+"""
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class ImageTokens:
+    """What the encoder leaves of the images of each batch row: real tiles only."""
+    features: Tensor                # [B, N, D] after the projector; zeros where a row has fewer
+    place: Tensor                   # [B, N, 4] image, tile, row, column; a class token has row and column -1
+    mask: Tensor | None = None      # [B, N] True where there is a token; None = everywhere
+
+    def expand(self, batch: int) -> "ImageTokens":
+        """The same image for every row of a batch, without a copy."""
+        mask = None if self.mask is None else self.mask.expand(batch, -1)
+        return ImageTokens(self.features.expand(batch, -1, -1), self.place.expand(batch, -1, -1), mask)
+
+    def take(self, kept: Tensor) -> "ImageTokens":
+        """The tokens where `kept` [B, N] is True, in their order; itself where that is all of them.
+
+        Raises ValueError where nothing would be left of an image.
+        """
+        kept = held(self, kept)
+        if kept.all():
+            return self
+        order, mask = compact(kept)
+        row = torch.arange(len(order), device=order.device)[:, None]
+        return ImageTokens(self.features[row, order], self.place[row, order], mask)
+
+
+@dataclass
+class ImageKV:
+    """Keys and values of one cross-attention layer, one per key/value head, never repeated."""
+    key: Tensor                     # [B, G, N, d]
+    value: Tensor                   # [B, G, N, d]
+    place: Tensor                   # [B, K, N, 4] as in ImageTokens
+    mask: Tensor | None = None      # [B, K, N] True where there is a token; None = everywhere
+
+    def take(self, kept: Tensor) -> "ImageKV":
+        """The tokens where `kept` is True, in their order; itself where that is all of them.
+
+        `kept` is [B, N], or [B, K, N] for a set of its own in every key/value head. Raises ValueError where
+        nothing would be left of an image.
+        """
+        kept = held(self, kept if kept.ndim == 3 else kept[:, None])                   # [B, K, N]
+        if kept.all():
+            return self
+        order, mask = compact(kept)                                                     # [B, K, n]
+        row = torch.arange(len(order), device=order.device)[:, None, None]
+        head = torch.arange(self.key.shape[1], device=order.device)[:, None]
+        place = self.place.expand(-1, order.shape[1], -1, -1).take_along_dim(order[..., None], 2)
+        return ImageKV(self.key[row, head, order], self.value[row, head, order], place, mask)
+
+    def counts(self) -> Tensor:
+        """Tokens held for each batch row [B] fp32, a mean over key/value heads."""
+        B, _, N, _ = self.key.shape
+        return torch.full((B,), float(N)) if self.mask is None else self.mask.sum(-1).float().mean(-1)
+
+    def seen_by(self, seen: Tensor) -> "ImageKV":
+        """With only those tokens unmasked that a text row of each batch row sees: images `seen` [B, 2]."""
+        mask = visible(seen[:, None], self)[:, :, 0]
+        return self if mask.all() else replace(self, mask=mask)
+
+    def settle(self, rows: Tensor | None) -> "ImageKV":
+        """Without what is masked in every batch row. Where `rows` [B, 1, 1] is False no image is seen, and no
+        mask is left: a finite softmax is needed there too, though its result is thrown away."""
+        if self.mask is None:
+            return self
+        kv = self.take(self.mask)
+        mask = kv.mask if rows is None or kv.mask is None else kv.mask | ~rows
+        return replace(kv, mask=None if mask is None or mask.all() else mask)
+
+
+def held(tokens: ImageTokens | ImageKV, kept: Tensor) -> Tensor:
+    """`kept` without the padding; ValueError where it leaves nothing of an image."""
+    kept = kept if tokens.mask is None else kept & tokens.mask
+    which = tokens.place[..., 0]
+    for image in range(int(which.max()) + 1):
+        there = which == image
+        there = there if tokens.mask is None else there & tokens.mask
+        gone = there.any(-1) & ~(there & kept).any(-1)
+        if gone.any():
+            raise ValueError(f"the pruner keeps no token of image {image} in batch row "
+                             f"{int(gone.nonzero()[0, 0])}: keep at least one of every image")
+    return kept
+
+
+def compact(kept: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is kept [..., N] -> its indices [..., n] in ascending order, and a mask where some have fewer.
+
+    Padding repeats a kept token: one that was dropped may hold anything, and nothing may depend on it.
+    """
+    counts = kept.sum(-1, keepdim=True)
+    order = kept.int().argsort(dim=-1, descending=True, stable=True)[..., :int(counts.max())]
+    mask = torch.arange(order.shape[-1], device=kept.device) < counts
+    return torch.where(mask, order, order[..., :1]), None if mask.all() else mask
+
+
+def visible(seen: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
+    """Which text rows see which tokens: the images each row sees [B, T, 2] -> [B, K, T, N], K = 1 for
+    ImageTokens."""
+    place, mask = tokens.place, tokens.mask
+    if isinstance(tokens, ImageTokens):
+        place, mask = place[:, None], None if mask is None else mask[:, None]
+    which = place[..., 0][:, :, None]                                                   # [B, K, 1, N]
+    inside = (which >= seen[:, None, :, :1]) & (which < seen[:, None, :, 1:])           # [B, K, T, N]
+    return inside if mask is None else inside & mask[:, :, None]
+
+
+@dataclass
+class Queries:
+    """What text asks of the image at one cross-attention layer, from the first row that sees one."""
+    q: Tensor                       # [B, H, T, d] normalised, not yet scaled by d ** -0.5
+    seen: Tensor                    # [B, T, 2] first image a row sees, last + 1; equal: none, or padding
+
+
+@dataclass
+class Sight:
+    """Which text rows see an image, in the cheapest form that says it."""
+    start: int                      # rows before this one see no image in any batch row, and are left out
+    seen: Tensor                    # [B, T - start, 2] the images that each row sees
+    rows: Tensor | None             # [B, T - start, 1] True where a row sees an image; None = all of them do
+
+    def mask(self, tokens: ImageTokens | ImageKV) -> Tensor | None:
+        """[B, K, T - start, N] True where a row sees a token; None = everywhere."""
+        mask = visible(self.seen, tokens)
+        if self.rows is not None:       # needs a finite softmax all the same; its result is thrown away
+            mask = mask | ~self.rows[:, None]
+        return None if mask.all() else mask
+
+
+def sight(seen: Tensor) -> Sight | None:
+    """From the images that each row sees (`visible_images` [B, T, 2]); None where no row sees any."""
+    rows = seen[..., 0] < seen[..., 1]                                                  # [B, T]
+    if not rows.any():
+        return None
+    start = int(rows.any(0).int().argmax())
+    rows = rows[:, start:, None]
+    return Sight(start, seen[:, start:], None if rows.all() else rows)
