@@ -1,0 +1,86 @@
+"""What to keep of the image: the methods by name, and how to load one, also from a file of your own."""
+import importlib.util
+from dataclasses import fields
+from pathlib import Path
+
+from pruning.attention import column_mass
+from pruning.downsample import Downsample
+from pruning.fastv import FastV
+from pruning.pruner import OneChoice, Pruner, knobs, moments, top
+from pruning.random import Random
+from pruning.spatial import Spatial
+from pruning.trimmed_llama import TrimmedLlama
+
+METHODS = {method.name: method for method in (Pruner, TrimmedLlama, FastV, Random, Spatial, Downsample)}
+
+__all__ = ["METHODS", "OneChoice", "Pruner", "catalogue", "column_mass", "find", "knobs", "load", "moments",
+           "parse_knob", "parse_number", "top"]
+
+
+def load(method: str, /, **settings) -> Pruner:
+    """A pruner by its name, or by "path/to/file.py:Class"; the settings are its knobs.
+
+    Raises ValueError with one line that lists what there is, for an unknown method, knob or value.
+    """
+    found = find(method)
+    if unknown := settings.keys() - {field.name for field in fields(found)}:
+        raise ValueError(f"{method} has no knob {min(unknown)!r}; it has "
+                         + ", ".join(f"{name}: {what}" for name, what in knobs(found).items()))
+    return found(**settings)
+
+
+def catalogue() -> str:
+    """Of each method: what it keeps, its paper, the moments at which it acts, and its knobs."""
+    lines = []
+    for name, method in METHODS.items():
+        lines.append(f"{name}: {method.__doc__.splitlines()[0]}")
+        lines += [f"    paper: {method.paper}"] * bool(method.paper)
+        lines.append(f"    acts at: {', '.join(moments(method)) or 'no moment'}")
+        lines += [f"    {knob} = {what}" for knob, what in knobs(method).items()]
+    return "".join(line + "\n" for line in lines)
+
+
+def find(method: str) -> type[Pruner]:
+    """The class that `load` makes a pruner of."""
+    path, colon, name = method.rpartition(":")
+    if not colon and method in METHODS:
+        return METHODS[method]
+    if not path.endswith(".py"):
+        raise ValueError(f"there is no pruning method {method!r}; choose one of {', '.join(METHODS)}, "
+                         "or name a class in a file, as in mine.py:Mine")
+    found = getattr(_run(Path(path)), name, None)
+    if not (isinstance(found, type) and issubclass(found, Pruner)):
+        raise ValueError(f"{path} has no class {name!r} that is a Pruner")
+    return found
+
+
+def _run(path: Path):
+    """The module in a file, run anew."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; a method is named as in mine.py:Mine")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:              # it is a program: anything may fail
+        raise ValueError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+    return module
+
+
+def parse_knob(text: str) -> tuple[str, object]:
+    """"name=value" from a command line: a number, true, false or none where it reads as one, else text."""
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ValueError(f"--set {text!r}: give it as knob=value")
+    words = {"true": True, "false": False, "none": None}
+    return name, words[value.lower()] if value.lower() in words else parse_number(value)
+
+
+def parse_number(text: str) -> int | float | str:
+    """A whole number, a number, or the text itself."""
+    for kind in int, float:
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

@@ -1,0 +1,189 @@
+"""Pruner: what a method may do about the image tokens, and when. Nothing here is about any one method.
+
+    pictures ─(0 pictures)─► Tiles ─► ImageTokens ─(1 encoded)─► prefill, at cross-attention layer i (2 layer)
+        ─► ImageKV of every layer ─(3 prefilled)─► decode a token ─(4 stepped)─► logits ─(5 logits)─► sample
+
+A method is one class that overrides some of these moments; the rest do nothing. What it needs to know comes
+through their arguments: queries and keys, never attention weights (`pruning.attention` computes those that
+are asked for). Its knobs are the fields of its dataclass. `generate` and prefill call the moments; a prompt
+without an image calls none. Rounding, ties and budgets are ours, and the same for all methods. B batch,
+N image tokens, G key/value heads, K = 1 or G sets of kept tokens.
+"""
+import math
+import types
+import typing
+from dataclasses import dataclass, fields
+from typing import ClassVar, Literal
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from model.image import ImageProcessor, Tiles
+from model.image_tokens import ImageKV, ImageTokens, Queries
+
+MOMENTS = ("pictures", "encoded", "layer", "prefilled", "stepped", "logits")
+
+
+@dataclass
+class Pruner:
+    """Keeps everything. `keep` is the fraction kept of each image's tokens, or a whole number of them."""
+    keep: float | int = 1.0
+
+    name: ClassVar[str] = "none"
+    paper: ClassVar[str] = ""
+    unit: ClassVar[str] = ""                    # what `keep` is a share of, if not of the image
+
+    def __init_subclass__(cls):
+        cls.name = vars(cls).get("name", cls.__name__.lower())
+
+    def pictures(self, pictures: list[Image.Image], processor: ImageProcessor) -> Tiles:
+        """0, before the encoder: fewer or smaller tiles."""
+        return processor(pictures)
+
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        """1, before the decoder: drop or merge tokens. Or add branches: for a batch of n · B rows, every
+        prompt is read n times over, and `logits` has to merge what comes of it."""
+        return image
+
+    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
+        """2, in prefill, at cross-attention layer i (0 is the first): a smaller `kv` is what this layer
+        attends to and keeps, a smaller `image` what later layers make their keys and values of."""
+        return image, kv
+
+    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
+        """3, between prefill and decode: drop, merge or replace, in any layer, any key/value head. What the
+        last prompt token does not see is masked already, and is let go afterwards."""
+        return kvs
+
+    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
+        """4, after a decoded token: what the next one sees; `queries` [B, H, 1, d] of every layer."""
+        return kvs
+
+    def logits(self, logits: Tensor) -> Tensor:
+        """5, before sampling: [n · B, V] of all branches -> [B, V]."""
+        return logits
+
+    def __post_init__(self):
+        hints = typing.get_type_hints(type(self))
+        for field in fields(self):
+            value, hint = getattr(self, field.name), hints[field.name]
+            if not fits(value, hint):
+                raise ValueError(f"{self.name}: {field.name} is {value!r}, but must be {words(hint)}")
+        if not (0 < self.keep <= 1 if isinstance(self.keep, float) else self.keep >= 1):
+            raise ValueError(f"{self.name}: keep is {self.keep}, but must be a fraction above 0 and at most "
+                             "1.0, or a whole number of image tokens, at least 1")
+
+    @property
+    def keeps_all(self) -> bool:
+        """Whether there is nothing to do; then no moment is called."""
+        return isinstance(self.keep, float) and self.keep == 1
+
+    def __str__(self) -> str:
+        """For people: the method, its keep ratio, and the knobs that are not at their default."""
+        others = [f"{field.name} {value}" for field in fields(self) if field.name != "keep"
+                  and (value := getattr(self, field.name)) != field.default]
+        return ", ".join([self.name, f"keep {self.keep} {self.unit}".strip(), *others])
+
+
+@dataclass
+class OneChoice(Pruner):
+    """A pruner that chooses once, at cross-attention layer `full_layers` - 1: this layer and those before it
+    read the whole image in prefill, later ones make their keys and values of what is kept alone."""
+    keep: float | int = 0.5
+    full_layers: int = 1                                    # that read the whole image in prefill
+    early_caches: Literal["trim", "full"] = "trim"          # what the first layers hold for decoding
+    when: Literal["prefill", "boundary"] = "prefill"        # boundary: all of them read it in prefill
+
+    least_layers: ClassVar[int] = 1                         # of `full_layers`; a choice needs queries
+
+    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
+        """What is kept, [B, N] bool."""
+        raise NotImplementedError
+
+    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
+        if i + 1 == self.full_layers:
+            self.kept = self.choose(queries, image, kv)
+            if self.when == "prefill":
+                image = image.take(self.kept)
+        return image, kv
+
+    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
+        if not self.least_layers <= self.full_layers <= len(kvs):
+            raise ValueError(f"{self.name}: full_layers is {self.full_layers}, but must be "
+                             f"{self.least_layers} to {len(kvs)}, the number of cross-attention layers")
+        early, late = kvs[:self.full_layers], kvs[self.full_layers:]
+        if self.early_caches == "trim":
+            early = [kv.take(self.kept) for kv in early]
+        if self.when != "prefill":
+            late = [kv.take(self.kept) for kv in late]
+        return early + late
+
+    def __str__(self) -> str:
+        whole = {0: "", 1: "layer 0 keeps"}.get(self.full_layers, f"the first {self.full_layers} layers keep")
+        whole = whole if self.when == "prefill" else "every layer keeps"
+        return super().__str__() + (whole and f"; {whole} all in prefill")
+
+
+def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:
+    """The highest scores of every image, as many as `keep` says: [B, N] or [B, K, N] -> the same, bool.
+
+    Of equal scores the first win. Padding is never among them.
+    """
+    which, mask = tokens.place[..., 0], tokens.mask
+    if which.ndim < scores.ndim:
+        which, mask = which[:, None], None if mask is None else mask[:, None]
+    elif which.ndim > scores.ndim:
+        which, mask = which[:, 0], None if mask is None else mask[:, 0]
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for image in range(int(which.max()) + 1):
+        there = which == image if mask is None else (which == image) & mask
+        n = count(keep, there.sum(-1, keepdim=True))
+        ours = scores.masked_fill(~there, -math.inf)
+        least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest
+        above, equal = ours > least, ours == least
+        room = n - above.sum(-1, keepdim=True)
+        kept |= there & (above | (equal & (equal.cumsum(-1) <= room)))
+    return kept
+
+
+def count(keep: float | int, tokens: Tensor) -> Tensor:
+    """How many of `tokens` (int64) to keep: a fraction rounded half up, or a number, but at least one."""
+    if isinstance(keep, float):
+        return (keep * tokens.double()).mul(1e6).round().div(1e6).add(0.5).floor().long().clamp(min=1)
+    return tokens.clamp(max=keep)
+
+
+# ----- knobs
+
+
+def moments(method: type[Pruner]) -> list[str]:
+    """The moments at which a method acts: those that it, or a class between it and Pruner, overrides."""
+    classes = method.__mro__[:method.__mro__.index(Pruner)]
+    return [moment for moment in MOMENTS if any(moment in vars(c) for c in classes)]
+
+
+def knobs(method: type[Pruner]) -> dict[str, str]:
+    """Each knob of a method, and in words what it may be."""
+    hints = typing.get_type_hints(method)
+    return {field.name: f"{words(hints[field.name])} (default {field.default})" for field in fields(method)}
+
+
+def fits(value: object, hint: type) -> bool:
+    """Whether a knob of this type may have this value."""
+    if typing.get_origin(hint) is Literal:
+        return value in typing.get_args(hint)
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return any(fits(value, part) for part in typing.get_args(hint))
+    if hint is float:
+        return type(value) in (int, float) and math.isfinite(value)
+    return type(value) is hint
+
+
+def words(hint: type) -> str:
+    if typing.get_args(hint):
+        parts = typing.get_args(hint)
+        literal = typing.get_origin(hint) is Literal
+        return " or ".join(str(part) if literal else words(part) for part in parts)
+    return {float: "a number", int: "a whole number", bool: "true or false", str: "text",
+            type(None): "none"}.get(hint, str(hint))

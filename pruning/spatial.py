@@ -1,0 +1,26 @@
+"""Every n-th image token, whatever the question: the second baseline of the Trimmed Llama paper.
+
+The paper keeps every other one; here any ratio, as evenly spaced as whole numbers allow.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pruning.pruner import ImageKV, ImageTokens, OneChoice, Queries, count
+
+
+@dataclass
+class Spatial(OneChoice):
+    """Keeps every n-th token."""
+    paper = "Lee et al. 2025, arXiv 2504.00557, Table 3"
+
+    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
+        which = image.place[..., 0]
+        kept = torch.zeros_like(which, dtype=torch.bool)
+        for i in range(int(which.max()) + 1):
+            there = which == i if image.mask is None else (which == i) & image.mask
+            tokens, rank = there.sum(-1, keepdim=True), there.cumsum(-1) - 1
+            n = count(self.keep, tokens)
+            kept |= there & (rank * n % tokens.clamp(min=1) < n)
+        return kept
