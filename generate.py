@@ -5,8 +5,8 @@
                                                                                 ▲                 │
                                                                                 └──── decode ◄────┘
 
-`generate` is that loop; read it first. `Assistant` holds the parts of a checkpoint, and the rest is the
-command line: the answer alone on stdout, everything about it on stderr.
+`generate` is that loop, with the moments at which a pruner may act; read it first. `Assistant` holds the
+parts of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
 """
 import argparse
 import json
@@ -15,7 +15,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
@@ -23,49 +23,47 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from model.decoder import ImageTokens
-from model.image import ImageProcessor, Tiles, open_picture
+from model.image import ImageProcessor, open_picture
+from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from model.prompt import Prompter, Stream, check_length, messages
 from model.sampler import GREEDY, Sampler
+from pruning import Pruner, catalogue, load, parse_knob, parse_number
+from pruning.picture import attention_map, kept_map
+from pruning.recorder import Recorder
+from report import Answer, Picture, as_json, fail, say, say_cost, say_model, write
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
-
-
-@dataclass
-class Answer:
-    """What `generate` leaves: the new tokens of each row, and what they cost."""
-    tokens: list[list[int]]                     # without the stop token
-    ms: dict[str, float]                        # milliseconds of each part
-    decoded: int = 0                            # tokens that decoding made, stop tokens among them
-    image_kv_bytes: int = 0
-    text_kv_bytes: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Of decoding, all rows together; 0 where every answer ended with its first token."""
-        return self.decoded / self.ms["decode"] * 1000 if self.decoded else 0.0
 
 
 @torch.inference_mode()
 def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None, max_new_tokens: int,
              stop_ids: tuple[int, ...], sampler: Callable[[Tensor], Tensor] = GREEDY,
-             emit: Callable[[int, int], None] = lambda row, token: None) -> Answer:
+             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
+             ) -> Answer:
     """Continue every prompt to a stop token or `max_new_tokens`; each new token goes to `emit(row, token)`.
 
-    `image` is what `model.encode` made of the pictures. Raises ValueError where a prompt does not fit in.
+    `image` is what `model.encode` made of the pictures. Raises ValueError where a prompt does not fit in, or
+    the pruner's knobs do not fit the model.
     """
     lengths = [len(prompt) for prompt in prompts]
     for length in lengths:
         check_length(length, max_new_tokens, model.config.text.max_position_embeddings)
     device, pad = model.lm_head.weight.device, model.config.text.pad_token_id
     input_ids = torch.tensor([ids + [pad] * (max(lengths) - len(ids)) for ids in prompts], device=device)
+    seen = [0] * len(prompts) if image is None else model.tokens_seen(input_ids, lengths, image)
+    if pruner is None or pruner.keeps_all or image is None:
+        pruner = Pruner()                                                       # bit for bit the whole model
 
-    clock = Clock(device)
-    logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens)
-    answer = Answer([[] for _ in prompts], {"prefill": clock.lap()})
+    clock, branches = Clock(device), 1
+    if image is not None:
+        image = pruner.encoded(image, prompts)                                  # moment 1
+        branches = len(image.features) // len(prompts)
+    input_ids, lengths = input_ids.repeat(branches, 1), lengths * branches
+    logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens, pruner)        # 2 and 3
+    answer = Answer([[] for _ in prompts], {"prefill": clock.lap()}, seen, cache.kept()[:len(prompts)])
     running = set(range(len(prompts)))
     for step in range(max_new_tokens):
-        tokens = sampler(logits)
+        tokens = sampler(pruner.logits(logits))                                 # 5
         for row, token in enumerate(tokens.tolist()):
             if row in running and token in stop_ids:
                 running.remove(row)
@@ -74,7 +72,8 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
                 emit(row, token)
         if not running or step + 1 == max_new_tokens:
             break
-        logits = model.decode(tokens, cache)            # rows that have ended run along, unheard
+        logits = model.decode(tokens.repeat(branches), cache)       # rows that have ended run along, unheard
+        cache.hold(pruner.stepped(step, cache.queries, cache.images))           # 4
         answer.decoded += len(running)
     answer.ms["decode"] = clock.lap()
     answer.image_kv_bytes, answer.text_kv_bytes = cache.image_bytes(), cache.text_bytes()
@@ -95,15 +94,6 @@ class Clock:
         return (now - before) * 1000
 
 
-@dataclass
-class Picture:
-    """The encoded pictures that a question is about."""
-    tiles: Tiles
-    tokens: ImageTokens | None
-    ms: float                                   # that encoding took
-    counts: dict[str, int]                      # image tokens: slots of all tiles, real ones, those kept
-
-
 class Assistant:
     """A checkpoint ready to answer: the model, its prompt format and its image processing."""
 
@@ -119,23 +109,29 @@ class Assistant:
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.load_ms = (time.perf_counter() - began) * 1000
 
-    def look(self, pictures: list[Image.Image]) -> Picture:
-        """Encode RGB pictures, once for any number of questions."""
-        tiles = self.processor(pictures)
-        clock = Clock(self.model.lm_head.weight.device)
+    def look(self, pictures: list[Image.Image], pruner: Pruner | None = None) -> Picture:
+        """Encode RGB pictures, once for any number of questions; the pruner may shrink them first."""
+        whole = self.processor(pictures)
+        tiles = whole if pruner is None or pruner.keeps_all else pruner.pictures(pictures, self.processor)
+        clock = Clock(self.model.lm_head.weight.device)                         # moment 0 is before this line
         with torch.inference_mode():
             tokens = self.model.encode([tiles])
-        real = self.model.image_tokens(tiles.grid.tolist())
-        slots = len(tiles) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
-        return Picture(tiles, tokens, clock.lap(), {"slots": slots, "real": real, "kept": real})
+        real = self.model.image_tokens(whole.grid.tolist())
+        slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
+        return Picture(tiles, tokens, clock.lap(), slots, real)
 
     def ask(self, conversations: list[list[dict]], picture: Picture, max_new_tokens: int,
             sampler: Sampler = GREEDY, date: str | None = None,
-            emit: Callable[[int, int], None] = lambda row, token: None) -> Answer:
-        """Answer the last turn of each conversation about one picture (or several pictures, or none)."""
+            emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
+            ) -> Answer:
+        """Answer the last turn of each conversation about one picture (or several pictures, or none).
+
+        A pruner works on the picture anew each time: what one question leaves out, the next may need.
+        """
         prompts = [self.prompter.encode(conversation, date) for conversation in conversations]
         image = None if picture.tokens is None else picture.tokens.expand(len(prompts))
-        answer = generate(self.model, prompts, image, max_new_tokens, self.prompter.stop_ids, sampler, emit)
+        answer = generate(self.model, prompts, image, max_new_tokens, self.prompter.stop_ids, sampler, emit,
+                          pruner)
         answer.ms = {"load": self.load_ms, "encode": picture.ms, **answer.ms}
         return answer
 
@@ -148,12 +144,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         fail(message)
-
-
-def fail(message: object):
-    """One line on stderr, exit code 2."""
-    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def arguments() -> argparse.Namespace:
@@ -174,16 +164,26 @@ def arguments() -> argparse.Namespace:
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
     add("--json", action="store_true", help="one JSON object on stdout")
+    add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
+    add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
+    add("--set", action="append", default=[], metavar="K=V", help="another knob of the method")
+    add("--save-map", metavar="PATH", help="draw what was kept over the picture")
+    add("--map", choices=("kept", "attention"), default="kept",
+        help="attention: draw what the prompt looks at")
     return parser.parse_args()
 
 
 EXAMPLES = """examples:
   python generate.py --image examples/shapes.png --prompt "What is written on the circle?"
-  python generate.py --image examples/sign.png --prompt "What does the sign say?" --json"""
+  python generate.py --image examples/sign.png --prompt "What does the sign say?" --json
+  python generate.py --image examples/tall.png --prompt "Where is the star?" --prune fastv"""
 
 
 def command(args: argparse.Namespace):
     """Everything that can be wrong with the arguments is found before anything is printed."""
+    if args.prune == "list":
+        return write(catalogue())
+    pruner = parse_pruner(args)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     sampler = Sampler(args.temperature, args.top_p, args.seed)
@@ -192,12 +192,41 @@ def command(args: argparse.Namespace):
         raise ValueError("--json needs a --prompt: a chat is for people")
     pictures = [open_picture(path) for path in args.image]
     prompts = args.prompt or ([] if chatting else [piped_prompt(bool(pictures))])
+    if args.save_map is not None:
+        check_map(Path(args.save_map), len(prompts), len(pictures))
+        pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, args.device, args.dtype, args.revision)
-    picture = assistant.look(pictures)
+    picture = assistant.look(pictures, pruner)
     if chatting:
-        chat(args, assistant, picture, sampler)
-    else:
-        answer_all(args, assistant, picture, sampler, prompts)
+        chat(args, assistant, picture, sampler, pruner)
+        return
+    answer_all(args, assistant, picture, sampler, pruner, prompts)
+    if args.save_map is not None:
+        draw = attention_map if args.map == "attention" else kept_map
+        drawn = draw(pictures, assistant.processor, pruner, str(pruner))
+        try:
+            drawn.save(args.save_map)
+        except OSError as error:
+            raise ValueError(f"--save-map: {error}") from None
+
+
+def check_map(path: Path, prompts: int, pictures: int):
+    """Raise ValueError where no map can be drawn or written."""
+    if prompts != 1 or not pictures:
+        raise ValueError("--save-map draws one answer about a picture: give --image and one --prompt")
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise ValueError(f"--save-map {path}: name a file that ends in .png, .jpg or .webp")
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"--save-map {path}: not a file in a folder that exists")
+
+
+def parse_pruner(args: argparse.Namespace) -> Pruner | None:
+    settings = dict(map(parse_knob, args.set))
+    if args.keep is not None:
+        settings["keep"] = parse_number(args.keep)
+    if args.prune is None and settings:
+        raise ValueError("--keep and --set are knobs of a method: name it with --prune ('list' shows all)")
+    return None if args.prune is None else load(args.prune, **settings)
 
 
 def piped_prompt(has_picture: bool) -> str:
@@ -212,7 +241,7 @@ def piped_prompt(has_picture: bool) -> str:
 
 
 def answer_all(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampler: Sampler,
-               prompts: list[str]):
+               pruner: Pruner | None, prompts: list[str]):
     """One answer is streamed; those of a batch are printed in order, a line each."""
     stream, live = Stream(assistant.prompter), len(prompts) == 1 and not args.json
 
@@ -221,17 +250,20 @@ def answer_all(args: argparse.Namespace, assistant: Assistant, picture: Picture,
             write(stream.push(token))
 
     conversations = [messages(prompt, len(args.image), args.system) for prompt in prompts]
-    answer = assistant.ask(conversations, picture, args.max_new_tokens, sampler, args.date, emit)
+    answer = assistant.ask(conversations, picture, args.max_new_tokens, sampler, args.date, emit,
+                           pruner)
     texts = [assistant.prompter.decode(tokens) for tokens in answer.tokens]
+    named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
-        write(json.dumps(report(args.model, texts, answer, picture), ensure_ascii=False) + "\n")
+        write(json.dumps(as_json(args.model, texts, answer, picture, named), ensure_ascii=False) + "\n")
         return
     write(stream.flush() + "\n" if live else "".join(text + "\n" for text in texts))
     say_model(args.model)
-    say_cost(answer, picture)
+    say_cost(answer, picture, named)
 
 
-def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampler: Sampler):
+def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampler: Sampler,
+         pruner: Pruner | None):
     """Questions and answers until the input ends; all see the pictures, which were encoded once."""
     say_model(args.model)
     say("Ask; an empty line or Ctrl-D ends.")
@@ -242,12 +274,12 @@ def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampl
         stream = Stream(assistant.prompter)
         try:
             answer = assistant.ask([asked], picture, args.max_new_tokens, sampler, args.date,
-                                   lambda row, token, stream=stream: write(stream.push(token)))
+                                   lambda row, token, stream=stream: write(stream.push(token)), pruner)
         except ValueError as error:             # too long, say: the chat goes on without this question
             say(f"error: {error}")
             continue
         write(stream.flush() + "\n")
-        say_cost(answer, picture)
+        say_cost(answer, picture, None if pruner is None else str(pruner))
         history = [*asked, {"role": "assistant", "content": assistant.prompter.decode(answer.tokens[0])}]
         images = 0                              # they stand in the first question
 
@@ -259,57 +291,6 @@ def ask_person() -> str:
     except EOFError:
         say("")
         return ""
-
-
-def report(model: str, texts: list[str], answer: Answer, picture: Picture) -> dict:
-    """What --json prints; a batch has a list of answers and of token ids."""
-    one = len(texts) == 1
-    return {"model": model, "answer": texts[0] if one else texts,
-            "token_ids": answer.tokens[0] if one else answer.tokens, "image_tokens": picture.counts,
-            "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
-            "tokens_per_second": round(answer.tokens_per_second, 2), "image_kv_bytes": answer.image_kv_bytes,
-            "text_kv_bytes": answer.text_kv_bytes, "peak_memory_bytes": peak_memory()}
-
-
-def say_model(model: str):
-    say("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
-        "--model meta-llama/Llama-3.2-11B-Vision-Instruct" if model == "tiny" else f"model {model}")
-
-
-def say_cost(answer: Answer, picture: Picture):
-    if len(picture.tiles):
-        slots = picture.tiles.pixels.shape[:2].numel()
-        say(f"image tokens {slots} slots {picture.counts['slots']} -> real {picture.counts['real']}, "
-            f"image KV {size(answer.image_kv_bytes)}, encode {answer.ms['encode']:.0f} ms")
-    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
-        f"peak memory {size(peak_memory())}")
-
-
-def peak_memory() -> int:
-    """The most bytes held so far: on the GPU if one is in use, else by the process; 0: unknown (Windows)."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 3 digits and a unit."""
-    for unit in "B", "kB", "MB":
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"
-
-
-def write(text: str):
-    print(text, end="", flush=True)
-
-
-def say(text: str, end: str = "\n"):
-    print(text, end=end, file=sys.stderr, flush=True)
 
 
 def main():

@@ -332,8 +332,45 @@ TEXT_SIDE = [
     ("two colours", preprocessor("image_mean", [0.5, 0.5]), "image_mean", "three numbers"),
 ]
 
-KINDS = {"picture": PICTURES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES, "config": CONFIGS,
-         "weights": WEIGHT_FILES, "text": TEXT_SIDE}
+def method(content: str, named: str = "Mine") -> Prepare:
+    """A class in a file as the pruning method."""
+    return lambda bench: ["--prune", bench.path("mine.py", content.encode()) + ":" + named, *QUESTION]
+
+
+PRUNING = [
+    ("unknown method", flags("--prune", "fast"), "'fast'", "trimmed_llama, fastv, random", "mine.py:Mine"),
+    ("no method", flags("--keep", "0.5"), "--prune"),
+    ("knob without a method", flags("--set", "seed=1"), "--prune"),
+    ("keep nothing", flags("--prune", "random", "--keep", "0"), "keep is 0", "at least 1"),
+    ("keep too much", flags("--prune", "random", "--keep", "1.5"), "keep is 1.5", "at most 1.0"),
+    ("keep a word", flags("--prune", "random", "--keep", "half"), "keep is 'half'", "a number"),
+    ("keep not a number", flags("--prune", "random", "--keep", "nan"), "keep is nan", "a number"),
+    ("whole tiles", flags("--prune", "downsample", "--keep", "7"), "keep is 7", "fraction", "tiles"),
+    ("unknown knob", flags("--prune", "fastv", "--set", "depth=3"), "no knob 'depth'", "full_layers"),
+    ("bad value", flags("--prune", "fastv", "--set", "rows=some"), "rows is 'some'", "last or all"),
+    ("bad type", flags("--prune", "fastv", "--set", "full_layers=x"), "full_layers is 'x'", "whole number"),
+    ("no value", flags("--prune", "fastv", "--set", "rows"), "'rows'", "knob=value"),
+    ("bad moment", flags("--prune", "random", "--set", "when=step"), "when is 'step'", "prefill or boundary"),
+    ("too many layers", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune",
+                                       "fastv", "--set", "full_layers=9"], "full_layers is 9", "0 to 3"),
+    ("no such file", flags("--prune", "nowhere.py:Mine"), "nowhere.py", "no such file"),
+    ("no class", method("x = 1"), "no class 'Mine'"),
+    ("no pruner", method("class Mine: pass"), "'Mine'", "Pruner"),
+    ("no name", method("x = 1", ""), "no class ''"),
+    ("syntax", method("class Mine("), "mine.py", "SyntaxError"),
+    ("fails", method("import nowhere_at_all"), "mine.py", "nowhere_at_all"),
+    ("map of two answers", flags("--prompt", "What?", "--save-map", "x.png"), "--save-map", "one --prompt"),
+    ("map of no picture", flags("--save-map", "x.png"), "--save-map", "--image"),
+    ("map of no kind", flags("--map", "lens"), "invalid choice", "attention"),
+    ("map of odd format", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION,
+                                         "--save-map", "x.docx"], "x.docx", ".png"),
+    ("map into nowhere", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION,
+                                        "--save-map", "nowhere/x.png"], "nowhere/x.png", "folder"),
+    ("a file alone", flags("--prune", "mine.py"), "'mine.py'", "mine.py:Mine"),
+]
+
+KINDS = {"pruning": PRUNING, "picture": PICTURES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES,
+         "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE}
 ROWS = {f"{kind}: {name}": row for kind, rows in KINDS.items() for name, *row in rows}
 
 

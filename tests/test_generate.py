@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
 import generate as program
+import pruning
 from generate import Assistant, Picture, Sampler, generate
 from model.config import Config
 from model.llama_vision import LlamaVision
@@ -32,7 +33,7 @@ TINY = ROOT / "weights" / "tiny"
 SCRIPT = str(ROOT / "generate.py")
 STOP = 638                                          # <|eot_id|> of the bundled checkpoint
 JSON_KEYS = {"answer", "token_ids", "image_tokens", "ms", "tokens_per_second", "image_kv_bytes",
-             "text_kv_bytes", "peak_memory_bytes", "model"}
+             "text_kv_bytes", "peak_memory_bytes", "model", "pruner", "kept_by_layer"}
 
 
 def drawn(width: int, height: int) -> Image.Image:
@@ -337,8 +338,9 @@ def test_the_answer_alone_is_on_stdout(run, wide):
     assert out == expected + "\n"
     model, image, speed = err.splitlines()
     assert model.startswith("tiny: ") and "toy" in model and "--model meta-llama/" in model
-    assert re.fullmatch(r"image tokens 4 slots 200 -> real 100, .*KV [\d.]+ k?B, encode [\d.]+ ms", image)
-    assert re.fullmatch(r"prefill [\d.]+ ms, .*[\d.]+ tok/s, peak memory [\d.]+ [MG]B", speed)
+    assert image == "image tokens 200 slots -> 100 real"
+    assert re.fullmatch(r"image KV [\d.]+ k?B, encode [\d.]+ ms, prefill [\d.]+ ms, [\d.]+ tok/s, "
+                        r"peak memory [\d.]+ [MG]B", speed)
 
 
 def test_without_a_picture_there_is_no_line_about_it(run, asked):
@@ -354,6 +356,7 @@ def test_json_is_one_object_with_exactly_these_keys(run, wide):
     assert set(data) == JSON_KEYS
     assert data["model"] == "tiny"
     assert data["image_tokens"] == {"slots": 200, "real": 100, "kept": 100}
+    assert data["pruner"] is None and data["kept_by_layer"] == [100] * 3
     assert set(data["ms"]) == {"load", "encode", "prefill", "decode"} and min(data["ms"].values()) >= 0
     assistant = Assistant("tiny", "cpu")
     assert data["answer"] == assistant.prompter.decode(data["token_ids"]) and len(data["token_ids"]) <= 5
@@ -386,7 +389,7 @@ def test_several_prompts_are_a_batch(run, asked, wide):
     assert set(data) == JSON_KEYS
     assert data["answer"] == [one["answer"] for one in alone]
     assert data["token_ids"] == [one["token_ids"] for one in alone]
-    assert data["image_tokens"] == alone[0]["image_tokens"]
+    assert data["image_tokens"] == {**alone[0]["image_tokens"], "kept": [100, 100]}
     assert data["image_kv_bytes"] == 2 * alone[0]["image_kv_bytes"]
     assert run(*command, *both)[0] == "".join(one["answer"] + "\n" for one in alone)
 
@@ -398,7 +401,7 @@ def test_several_pictures_go_into_one_prompt(run, asked, wide, tmp_path):
     assert data["image_tokens"] == {"slots": 400, "real": 250, "kept": 250}
     assert asked[0][0].count("<|image|>") == 2
     assert data["image_kv_bytes"] == Assistant("tiny", "cpu").model.kv_bytes(0, [(1, 2), (3, 1)])["image"]
-    assert "image tokens 8 slots 400 -> real 250" in run(*command, "--prompt", "Compare.")[1]
+    assert "image tokens 400 slots -> 250 real\n" in run(*command, "--prompt", "Compare.")[1]
 
 
 def test_a_system_message_comes_first(run, asked):
@@ -473,7 +476,8 @@ def test_help_fits_a_terminal_and_its_examples_exist(run, monkeypatch, capsys):
     lines = out.splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 100
     for flag in ("--model", "--revision", "--image", "--prompt", "--system", "--date", "--max-new-tokens",
-                 "--temperature", "--top-p", "--seed", "--device", "--dtype", "--json"):
+                 "--temperature", "--top-p", "--seed", "--device", "--dtype", "--json", "--prune", "--keep",
+                 "--set", "--save-map", "--map"):
         assert re.search(rf"^ +{flag}\b", out, re.M), flag
     pictures = re.findall(r"--image (\S+\.\w+)", out)
     assert pictures and all((ROOT / name).is_file() for name in pictures), pictures
@@ -500,6 +504,68 @@ def test_too_little_memory_on_a_gpu_is_one_line(run, monkeypatch, capsys):
     assert (caught.value.code, out, len(err.splitlines())) == (2, "", 1) and "out of memory" in err
 
 
+# --- pruning
+
+def test_pruning_is_reported_in_words_and_numbers(run, wide):
+    command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "3", "--prune"
+    _, err = run(*command, "spatial", "--keep", "0.3")
+    assert "200 slots -> 100 real -> 30 kept (spatial, keep 0.3; layer 0 keeps all in prefill)\n" in err
+    _, err = run(*command, "fastv", "--keep", "30")
+    assert "-> 53 kept (by layer 100 30 30; fastv, keep 30; layer 0 keeps all in prefill)\n" in err
+    data = json.loads(run(*command, "fastv", "--keep", "0.3", "--json")[0])
+    assert data["image_tokens"] == {"slots": 200, "real": 100, "kept": 53}
+    assert data["kept_by_layer"] == [100, 30, 30] and data["pruner"].startswith("fastv, keep 0.3")
+    whole = json.loads(run(*command, "none", "--json")[0])
+    assert data["image_kv_bytes"] * 300 == whole["image_kv_bytes"] * 160
+    _, err = run(*command, "downsample", "--keep", "0.5")
+    assert "200 slots -> 100 real -> 50 kept (downsample, keep 0.5 of the tiles)\n" in err
+
+
+def test_keep_everything_is_no_pruning(run, wide):
+    command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "8", "--json"
+    expected = json.loads(run(*command)[0])
+    for method in pruning.METHODS:
+        data = json.loads(run(*command, "--prune", method, "--keep", "1.0")[0])
+        for key in "answer", "token_ids", "image_tokens", "image_kv_bytes", "kept_by_layer":
+            assert data[key] == expected[key]
+
+
+def test_a_method_from_a_file_with_a_knob(run, wide, tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "3", "--json"
+    data = json.loads(run(*command, "--prune", f"{tmp_path / 'mine.py'}:Mine", "--set", "first=7")[0])
+    assert data["kept_by_layer"] == [7, 7, 7] and data["pruner"] == "mine, keep 0.5, first 7"
+
+
+MINE = """
+from dataclasses import dataclass
+import torch
+from pruning import Pruner
+
+@dataclass
+class Mine(Pruner):
+    keep: float = 0.5
+    first: int = 3
+    def encoded(self, image, prompts):
+        return image.take(torch.arange(image.place.shape[1]).expand(len(prompts), -1) < self.first)
+"""
+
+
+def test_the_list_of_methods(run):
+    out, err = run("--prune", "list")
+    assert err == "" and all(f"{name}: " in out for name in pruning.METHODS)
+    assert "arXiv 2504.00557" in out and "early_caches = trim or full" in out and "acts at: layer" in out
+
+
+def test_a_chat_prunes_anew_for_every_question(run, say, wide, monkeypatch):
+    say("A red circle.")
+    first, later = "What is this?\n", "What is this?\nAnd where?\n"
+    command = "--image", wide, "--prune", "random", "--keep", "0.2"
+    for typed in first, later:
+        _, err = run(*command, stdin=typed, terminal=True)
+        assert err.count("-> 100 real -> 20 kept") == typed.count("\n")
+
+
 # --- chat
 
 def test_a_chat_encodes_its_pictures_once_and_remembers(run, asked, say, wide, monkeypatch):
@@ -514,7 +580,7 @@ def test_a_chat_encodes_its_pictures_once_and_remembers(run, asked, say, wide, m
     assert turns == [[first, ""], [first, "A red circle.", "Which colour?", ""],
                      [first, "A red circle.", "Which colour?", "A red circle.", "And where?", ""]]
     assert err.count("tiny: ") == 1 and err.count("> ") >= 4
-    assert err.count("tok/s") == err.count("slots 200 -> real 100") == 3
+    assert err.count("tok/s") == err.count("200 slots -> 100 real") == 3
 
 
 @pytest.mark.parametrize("typed", ["Hm?\n\nNot this.\n", "Hm?\n   \nNot this.\n", "Hm?\n", "Hm?"])
@@ -556,7 +622,7 @@ def test_as_a_process(wide):
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0
     assert out.endswith("\n")
-    assert err.startswith("tiny: ") and "image tokens 4 slots 200 -> real 100" in err and "tok/s" in err
+    assert err.startswith("tiny: ") and "image tokens 200 slots -> 100 real" in err and "tok/s" in err
     assert len(err.splitlines()) == 3
 
 

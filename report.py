@@ -1,0 +1,115 @@
+"""What an answer took: for people on stderr, and as JSON.
+
+`generate.generate` fills an Answer, `generate.Assistant.look` a Picture; the rest of this file puts both into
+words. `pruner` is what describes one, None where none was asked for. stdout belongs to answers alone.
+"""
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from model.image import Tiles
+from model.image_tokens import ImageTokens
+
+
+@dataclass
+class Picture:
+    """The encoded pictures that a question is about."""
+    tiles: Tiles
+    tokens: ImageTokens | None
+    ms: float                                   # that encoding took
+    slots: int                                  # image tokens of all tiles, used or not
+    real: int                                   # those of the tiles that the pictures fill
+
+
+@dataclass
+class Answer:
+    """What `generate` leaves: the new tokens of each row, and what they cost."""
+    tokens: list[list[int]]                     # without the stop token
+    ms: dict[str, float]                        # milliseconds of each part
+    seen: list[int]                             # image tokens that each row's new text could have seen
+    kept: list[list[float]]                     # those it did see, of each row, per cross-attention layer
+    decoded: int = 0                            # tokens that decoding made, stop tokens among them
+    image_kv_bytes: int = 0
+    text_kv_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, all rows together; 0 where every answer ended with its first token."""
+        return self.decoded / self.ms["decode"] * 1000 if self.decoded else 0.0
+
+
+def as_json(model: str, texts: list[str], answer: Answer, picture: Picture, pruner: str | None) -> dict:
+    """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
+    one, kept = len(texts) == 1, [round(mean(row)) for row in answer.kept]
+    return {"model": model, "answer": texts[0] if one else texts,
+            "token_ids": answer.tokens[0] if one else answer.tokens,
+            "pruner": pruner,
+            "image_tokens": {"slots": picture.slots, "real": picture.real, "kept": kept[0] if one else kept},
+            "kept_by_layer": answer.kept[0] if one else answer.kept,
+            "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
+            "tokens_per_second": round(answer.tokens_per_second, 2), "image_kv_bytes": answer.image_kv_bytes,
+            "text_kv_bytes": answer.text_kv_bytes, "peak_memory_bytes": peak_memory()}
+
+
+def say_model(model: str):
+    say("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
+        "--model meta-llama/Llama-3.2-11B-Vision-Instruct" if model == "tiny" else f"model {model}")
+
+
+def say_cost(answer: Answer, picture: Picture, pruner: str | None):
+    if picture.tokens is not None:
+        say(f"image tokens {picture.slots} slots -> {picture.real} real{kept_words(answer, picture, pruner)}")
+        say(f"image KV {size(answer.image_kv_bytes)}, encode {answer.ms['encode']:.0f} ms, ", end="")
+    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
+        f"peak memory {size(peak_memory())}")
+
+
+def kept_words(answer: Answer, picture: Picture, pruner: str | None) -> str:
+    """What became of the real image tokens: those of earlier pictures are out of sight, others are pruned."""
+    seen, words = mean(answer.seen), ""
+    if round(seen) != picture.tokens.features.shape[1]:
+        words = f" -> {seen:.0f} in sight"
+    if pruner is None:
+        return words
+    layers = [mean(column) for column in zip(*answer.kept, strict=True)]
+    several = len({round(layer) for layer in layers}) > 1
+    by_layer = f"by layer {' '.join(f'{layer:.0f}' for layer in layers)}; " if several else ""
+    return f"{words} -> {mean(layers):.0f} kept ({by_layer}{pruner})"
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def peak_memory() -> int:
+    """The most bytes held so far: on the GPU if one is in use, else by the process; 0: unknown (Windows)."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 3 digits and a unit."""
+    for unit in "B", "kB", "MB":
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def write(text: str):
+    print(text, end="", flush=True)
+
+
+def say(text: str, end: str = "\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def fail(message: object):
+    """One line on stderr, exit code 2."""
+    print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
+    raise SystemExit(2)
