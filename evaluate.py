@@ -1,29 +1,45 @@
-"""How often a checkpoint is right about the built-in scenes: `python evaluate.py`.
+"""How often a checkpoint is right about the built-in scenes, whole and pruned: `python evaluate.py`.
 
 Held-out test scenes of all eight tile ratios in turn, the same questions every time, as many of each kind
 as of any other. An answer counts when it equals the expected one to the letter. The gates of the
 cross-attention layers are printed too, and `--skip-layer 0` closes one of them, to see what the model loses
-without it.
+without it. `--prune a,b --keep 0.5,0.1` asks everything again with every method at every keep ratio. Long
+runs may be stopped: with `--json FILE` what is done stands in FILE.part, and the same command goes on there.
+`results.py` makes figures of the answers, and puts error bands around them.
 """
 import argparse
-import json
 import random
 import sys
+import time
+import zlib
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from generate import Assistant, Parser, fail, say
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from generate import Assistant, Parser
 from model.decoder import CrossAttentionLayer
+from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
 from model.prompt import messages
+from pruning import Pruner, column_mass, find, load, moments, parse_knob, parse_number, top
+from report import Picture, fail, mean, say
+from results import Papers, Score, Store, check_plot, figures, full_score, plot, table
 from scenes.draw import RATIOS, Scene, draw, make_scene
 from scenes.questions import KINDS, Question, ask
+from weights import find_checkpoint
 
 PER_PICTURE = 3             # questions asked about one picture
+MAX_NEW_TOKENS = 64
+KEEPS = "0.5,0.25,0.1,0.05,0.02"
+SMALL = 100_000_000         # bytes of weights that are read to know them again
 
 
-def exam(count: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
+def exam(count: int, split: str = "test") -> Papers:
     """`count` questions about scenes of a split, every kind about equally often: the first kinds of a scene
     are those asked least so far."""
     asked, papers, index = Counter(), [], 0
@@ -39,37 +55,84 @@ def exam(count: int, split: str = "test") -> list[tuple[Scene, list[Question]]]:
     return papers
 
 
-@dataclass
-class Score:
-    """Right answers and questions, by kind and by ratio of tiles."""
-    right: Counter
-    asked: Counter
+def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (Pruner(),),
+             compare_layers: bool = False, done: Sequence[dict] = (),
+             store: Store | None = None) -> list[dict]:
+    """Ask everything with every pruner, greedily: the records of all pictures, as `examine` makes them.
 
-    def share(self, part) -> float:
-        return self.right[part] / self.asked[part] if self.asked[part] else float("nan")
-
-    def mean(self) -> float:
-        """Over the kinds, each counted alike."""
-        kinds = [kind for kind in KINDS if self.asked[kind]]
-        return sum(map(self.share, kinds)) / len(kinds)
-
-
-def evaluate(assistant: Assistant, papers: list[tuple[Scene, list[Question]]]) -> Score:
-    """Ask everything, greedily; progress on stderr."""
-    right, asked = Counter(), Counter()
-    for done, (scene, questions) in enumerate(papers, start=1):
-        picture = assistant.look([draw(scene)])
-        turns = [messages(question.text, 1) for question in questions]
-        answer = assistant.ask(turns, picture, max_new_tokens=64)
-        for question, tokens in zip(questions, answer.tokens, strict=True):
-            correct = assistant.prompter.decode(tokens) == question.answer
-            for part in question.kind, (scene.rows, scene.columns), "all":
-                asked[part] += 1
-                right[part] += correct
+    `done` are those of the first pictures, from an earlier run; each new one is added to `store`.
+    """
+    records, began = list(done), time.monotonic()
+    for scene, questions in papers[len(done):]:
+        records.append(examine(assistant, scene, questions, pruners, compare_layers))
+        if store:
+            store.add(records[-1])
         if sys.stderr.isatty():
-            end = "\n" if done == len(papers) else ""
-            say(f"\r{done}/{len(papers)} pictures, {right['all']}/{asked['all']} right", end)
-    return Score(right, asked)
+            each = (time.monotonic() - began) / (len(records) - len(done))
+            show_progress(len(records), len(papers), each)
+    return records
+
+
+def examine(assistant: Assistant, scene: Scene, questions: list[Question], pruners: Sequence[Pruner],
+            compare_layers: bool) -> dict:
+    """A picture's questions in one batch, with every pruner. Of each pruner: which answers are `right`, the
+    share `kept` of the image tokens for each question, and bytes, times and decode `steps` of the batch."""
+    drawn = [draw(scene)]
+    whole = assistant.look(drawn)
+    turns, rows = [messages(question.text, 1) for question in questions], []
+    for pruner in pruners:
+        shrinks = "pictures" in moments(type(pruner)) and not pruner.keeps_all
+        picture = assistant.look(drawn, pruner) if shrinks else whole
+        answer = assistant.ask(turns, picture, MAX_NEW_TOKENS, pruner=pruner)
+        texts = [assistant.prompter.decode(tokens) for tokens in answer.tokens]
+        # The first token comes from prefill; each further one, or the stop token, takes a step.
+        steps = max(min(len(tokens), MAX_NEW_TOKENS - 1) for tokens in answer.tokens)
+        rows.append({"right": [text == question.answer
+                               for text, question in zip(texts, questions, strict=True)],
+                     "kept": [mean(layers) / picture.real for layers in answer.kept],
+                     "image_kv_bytes": answer.image_kv_bytes, "prefill_ms": answer.ms["prefill"],
+                     "decode_ms": answer.ms["decode"], "steps": steps})
+    return {"rows": rows, "alike": layers_alike(assistant, turns, whole) if compare_layers else None}
+
+
+def show_progress(done: int, total: int, seconds_each: float):
+    minutes, seconds = divmod(round((total - done) * seconds_each), 60)
+    left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
+    bar = f"[{'=' * (30 * done // total):30}]"
+    say(f"\r{bar} {done}/{total} pictures, {left} left      ", end="\n" if done == total else "")
+
+
+# ----- what the cross-attention layers have in common
+
+
+class Observer(Pruner):
+    """Keeps everything, and notes how much attention of the prompt each image token gets in each layer."""
+    keeps_all = False               # or no moment would be called
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.masses: list[Tensor] = []                                                      # C of [B, N]
+
+    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
+        self.masses.append(column_mass(queries, kv, heads="layer"))
+        return image, kv
+
+
+def layers_alike(assistant: Assistant, turns: list[list[dict]], picture: Picture) -> dict:
+    """How alike the attention maps of the layers are: sums over the questions, two matrices [C][C].
+
+    `cosine` of two maps, and `top10_overlap`, the share of the 10 % of tokens that get most attention in one
+    layer which are among those of the other. Maps that sum to 1 would give the same.
+    """
+    observer = Observer()
+    assistant.ask(turns, picture, 1, pruner=observer)                       # prefill is all that it takes
+    maps = torch.stack(observer.masses, dim=1)                                              # [B, C, N]
+    best, unit = top(maps, 0.1, picture.tokens).double(), normalize(maps.double(), dim=-1)
+    overlap = best @ best.mT / best[0, 0].sum()
+    return {"cosine": (unit @ unit.mT).sum(0).tolist(), "top10_overlap": overlap.sum(0).tolist()}
+
+
+# ----- gates
 
 
 def gates(model: LlamaVision) -> list[tuple[float, float]]:
@@ -91,44 +154,134 @@ def cross_layers(model: LlamaVision) -> list[CrossAttentionLayer]:
     return model.language_model.cross_layers
 
 
+# ----- the command line
+
+
+def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
+    """All that the answers depend on: partial or complete results of other settings are never used."""
+    files = [name.rpartition(":")[0] for name in (args.prune or "").split(",") if ":" in name]
+    return {"model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
+            "questions": args.questions, "skip_layer": args.skip_layer, "device": args.device,
+            "dtype": args.dtype, "files": {name: zlib.crc32(Path(name).read_bytes()) for name in files},
+            "rows": [[pruner.name, pruner.keep, knobs_set(pruner)] for pruner in pruners]}
+
+
+def fingerprint(folder: Path) -> int:
+    """A number that other weights hardly share, quickly: of the configuration and of the first file of
+    weights, or of its size alone where it is large."""
+    value = zlib.crc32((folder / "config.json").read_bytes())
+    for path in sorted(folder.glob("*.safetensors"))[:1]:
+        size = path.stat().st_size
+        value = zlib.crc32(path.read_bytes() if size < SMALL else str(size).encode(), value)
+    return value
+
+
+def knobs_set(pruner: Pruner) -> dict:
+    """The knobs, other than keep, that are not at their default."""
+    return {field.name: value for field in fields(pruner)
+            if field.name != "keep" and (value := getattr(pruner, field.name)) != field.default}
+
+
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python evaluate.py", description="Accuracy on the built-in test scenes.")
     add = parser.add_argument
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--questions", type=int, default=2000, metavar="N", help="default 2000")
     add("--skip-layer", type=int, metavar="I", help="close cross-attention layer I")
+    add("--prune", metavar="P,...", help="also with these methods; one of your own: FILE.py:CLASS")
+    add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
+    add("--set", action="append", default=[], metavar="P.K=V", help="another knob of a method")
     add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE")
+    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE; FILE.part while it runs")
+    add("--plot", type=Path, metavar="FILE", help="also draw accuracy against tokens kept: .png, .svg, .pdf")
     return parser.parse_args()
 
 
-def command(args: argparse.Namespace):
+def plan(prune: str | None, keep: str | None, settings: list[str]) -> list[Pruner]:
+    """The full model, then every method at every keep ratio; ValueError with one line for bad input."""
+    if prune is None:
+        if keep is not None or settings:
+            raise ValueError("--keep and --set are knobs of methods: name these with --prune")
+        return [Pruner()]
+    names = list(dict.fromkeys(prune.split(",")))
+    chosen = {find(name).name: (name, {}) for name in names}
+    if len(chosen) < len(names):
+        raise ValueError(f"--prune {prune}: two methods have the same name")
+    for text in settings:
+        where, value = parse_knob(text)
+        method, dot, knob = where.rpartition(".")
+        if not dot or method not in chosen or knob == "keep":
+            raise ValueError(f"--set {text!r}: give it as method.knob=value, of {', '.join(chosen)}; "
+                             "--keep is for all methods")
+        chosen[method][1][knob] = value
+    pruners = [load(name, keep=parse_number(text), **knobs) for name, knobs in chosen.values()
+               for text in (KEEPS if keep is None else keep).split(",")]
+    return [Pruner(), *(pruner for pruner in pruners if type(pruner) is not Pruner)]
+
+
+def check(args: argparse.Namespace, pruners: list[Pruner]):
+    """ValueError with one line for what would fail only after the last question."""
     if args.questions < 1:
         raise ValueError(f"--questions is {args.questions}, but must be at least 1")
+    if args.prune is not None and args.skip_layer is not None:
+        raise ValueError("--skip-layer is of the full model: it does not go with --prune")
+    if args.plot is not None:
+        check_plot(args.plot)
+        if len(pruners) == 1:
+            raise ValueError("--plot draws methods: name at least one with --prune")
+    for option, path in ("--json", args.json), ("--plot", args.plot):
+        if path is not None and not path.resolve().parent.is_dir():
+            raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")
+        if path is not None and path.exists() and not path.is_file():
+            raise ValueError(f"{option} {path}: this is not a file; choose another name")
+
+
+def command(args: argparse.Namespace):
+    pruners = plan(args.prune, args.keep, args.set)
+    check(args, pruners)
+    settings = settings_of(args, pruners)
+    store = args.json and Store(args.json.resolve(), settings)
+    made = store.finished() if store and args.plot else None
+    if made is None:
+        made = measure(args, settings, pruners, store)
+    else:
+        say(f"{args.json} holds the answers of this command already; delete it to ask again")
+    if args.prune is not None:
+        print(table(made))
+    if args.plot:
+        plot(made, args.plot)
+
+
+def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None) -> dict:
+    """Ask, or go on asking, and store the figures; those of the full model alone are printed at once."""
+    done = store.records() if store else []
     assistant = Assistant(args.model, args.device, args.dtype)
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close(assistant.model, args.skip_layer)
-    score = evaluate(assistant, exam(args.questions))
+    papers = exam(args.questions)
+    records = evaluate(assistant, papers, pruners, args.prune is not None, done, store)
+    made = figures(settings, papers, records, opened)
+    if args.prune is None:
+        print_full(full_score(papers, records), opened)
+    if store:
+        store.finish(made)
+    return made
+
+
+def print_full(score: Score, opened: list[tuple[float, float]]):
     for kind in KINDS:
         print(f"{kind:10} {score.share(kind):6.1%} of {score.asked[kind]}")
-    by_ratio = {f"{ratio[0]}x{ratio[1]}": score.share(ratio) for ratio in RATIOS}
     print(f"{'mean':10} {score.mean():6.1%} over kinds, {score.share('all'):.1%} of all {score.asked['all']}")
-    print("tiles     ", ", ".join(f"{ratio} {share:.1%}" for ratio, share in by_ratio.items()))
+    print("tiles     ", ", ".join(f"{r}x{c} {score.share((r, c)):.1%}" for r, c in RATIOS))
     print("gates     ", ", ".join(f"{attention:.2f}/{mlp:.2f}" for attention, mlp in opened))
-    if args.json:
-        figures = {"model": args.model, "questions": args.questions, "skipped_layer": args.skip_layer,
-                   "accuracy_by_kind": {kind: score.share(kind) for kind in KINDS},
-                   "accuracy_by_ratio": by_ratio, "mean_over_kinds": score.mean(),
-                   "accuracy": score.share("all"), "gates": opened}
-        args.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
 
 
 def main():
     try:
         command(arguments())
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         fail(error)
     except KeyboardInterrupt:
         raise SystemExit(130) from None
