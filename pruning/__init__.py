@@ -1,5 +1,6 @@
 """What to keep of the image: the methods by name, and how to load one, also from a file of your own."""
 import importlib.util
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -58,12 +59,14 @@ def _run(path: Path):
     """The module in a file, run anew."""
     if not path.is_file():
         raise ValueError(f"{path}: no such file; a method is named as in mine.py:Mine")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module         # where dataclasses look up annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:              # it is a program: anything may fail
-        raise ValueError(f"{path}: cannot be imported: {type(error).__name__}: {error}") from error
+        words = " ".join(str(error).split())
+        raise ValueError(f"{path}: cannot be imported: {type(error).__name__}: {words}") from error
     return module
 
 

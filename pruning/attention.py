@@ -62,19 +62,20 @@ def column_mass(queries: Queries, kv: ImageKV, rows: Literal["all", "last"] = "a
     mass = queries.q.new_zeros(B, H, kv.key.shape[2], dtype=torch.float32)
     everywhere = torch.ones(T, dtype=torch.bool, device=mass.device)
     for row in range(B):
-        lasts = last_rows(queries, kv, row) if rows == "last" else None                 # [N]
+        lasts = last_rows(queries, kv, row) if rows == "last" else None                 # [K, N]
         asked = everywhere if lasts is None else torch.isin(everywhere.nonzero()[:, 0], lasts)
         for which, weights in row_weights(queries, kv, row, asked):
             if lasts is not None:
-                weights = weights * (which[:, None] == lasts)
+                weights *= (which[:, None] == lasts[:, None]).repeat_interleave(H // len(lasts), 0)
             mass[row] += weights.sum(1)
+            del weights                     # before the next chunk is made
     if heads == "query":
         return mass
     return mass.mean(1) if heads == "layer" else mass.unflatten(1, (kv.key.shape[1], -1)).mean(2)
 
 
 def last_rows(queries: Queries, kv: ImageKV, row: int) -> Tensor:
-    """The last text row of a batch row that sees each image token, [N]; -1 where none does."""
-    seen, image = queries.seen[row], kv.place[row, 0, :, 0]
+    """The last text row of a batch row that sees each image token, [K, N]; -1 where none does."""
+    seen, image = queries.seen[row], kv.place[row, :, None, :, 0]                       # [T, 2], [K, 1, N]
     rows = torch.arange(len(seen), device=seen.device)[:, None]
-    return torch.where((image >= seen[:, :1]) & (image < seen[:, 1:]), rows, -1).amax(0)
+    return torch.where((image >= seen[:, :1]) & (image < seen[:, 1:]), rows, -1).amax(1)

@@ -70,8 +70,13 @@ class Pruner:
             value, hint = getattr(self, field.name), hints[field.name]
             if not fits(value, hint):
                 raise ValueError(f"{self.name}: {field.name} is {value!r}, but must be {words(hint)}")
-        if not (0 < self.keep <= 1 if isinstance(self.keep, float) else self.keep >= 1):
-            raise ValueError(f"{self.name}: keep is {self.keep}, but must be a fraction above 0 and at most "
+        self.check_share("keep")
+
+    def check_share(self, knob: str):
+        """Raise ValueError where a knob is neither a share of the image tokens nor a number of them."""
+        value = getattr(self, knob)
+        if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
+            raise ValueError(f"{self.name}: {knob} is {value}, but must be a fraction above 0 and at most "
                              "1.0, or a whole number of image tokens, at least 1")
 
     @property

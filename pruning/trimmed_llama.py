@@ -35,6 +35,15 @@ class TrimmedLlama(OneChoice):
     name, unit = "trimmed_llama", "per head"
     paper = "Lee et al. 2025, arXiv 2504.00557"
 
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget is not None:
+            self.check_share("budget")
+
+    @property
+    def keeps_all(self) -> bool:
+        return super().keeps_all and self.budget is None
+
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
         mass = column_mass(queries, kv, heads="query" if self.per == "query" else "kv")       # [B, H, N]
         kept = top(mass, self.keep, image).any(1)

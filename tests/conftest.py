@@ -1,12 +1,30 @@
-"""What several test files share: random weights that hide no path of the network, and random pictures."""
+"""What several test files share: random weights that hide no path of the network, and random pictures.
+
+For the pruners: small networks, a run of `generate.generate` that is watched, and the reference that it is
+held against, which masks what they drop. B batch, T text tokens, N image tokens, H query heads, G key/value
+heads, K = 1 or G sets of kept tokens.
+"""
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cache, partial
+from unittest.mock import patch
 
 import pytest
 import torch
-from torch import nn
+from PIL import Image
+from torch import Tensor, nn
 
-from model.config import VisionConfig
-from model.image import Grid, Tiles
+from generate import generate
+from model.config import Config, VisionConfig
+from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
+from model.image import Grid, ImageProcessor, Tiles
+from model.image_tokens import ImageKV, ImageTokens, Queries
+from model.layers import rotary_angles
+from model.llama_vision import LlamaVision
+from model.prompt import visible_images
+from pruning import METHODS, Pruner, load
+from report import Answer
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +63,166 @@ def draw() -> Callable[..., Tiles]:
             picture[rows * columns:] = 0
         return Tiles(pixels, torch.tensor(grids).view(-1, 2))
     return tiles
+
+
+# ----- pruners: small networks to try them on, a run that is watched, and a slow reference
+
+
+def pytest_addoption(parser: pytest.Parser):
+    parser.addoption("--pruner", action="append", default=[], metavar="FILE.py:CLASS",
+                     help="hold this method too against the tests that every pruner must pass; repeatable")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc):
+    """`make` is each registered or given method with some of its knobs, as a function of further knobs."""
+    if "make" in metafunc.fixturenames:
+        methods, given = [*METHODS, *metafunc.config.getoption("pruner")], metafunc.module
+        cases = [(method, knob) for method in methods for knob in given.KEEPS + given.KNOBS.get(method, [])]
+        metafunc.parametrize("make", [partial(load, method, **knob) for method, knob in cases],
+                             ids=[" ".join([method, *map(str, knob.values())]) for method, knob in cases])
+
+
+IMAGE = 60
+
+
+@pytest.fixture(scope="session")
+def small(randomise) -> Callable[..., LlamaVision]:
+    """A random network with 4 query heads, `share` of them to a key/value head, that looks `cross` times."""
+    layers = {2: (5, [1, 3]), 3: (6, [1, 3, 5]), 4: (7, [0, 2, 4, 5]), 8: (9, list(range(1, 9))),
+              20: (21, list(range(20)))}
+
+    @cache
+    def make(seed: int, share: int = 2, cross: int = 2) -> LlamaVision:
+        depth, looking = layers[cross]
+        config = Config.from_dict({
+            "model_type": "mllama", "image_token_index": IMAGE,
+            "text_config": {"vocab_size": 60, "pad_token_id": 2, "hidden_size": 32,
+                            "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4,
+                            "num_key_value_heads": 4 // share, "cross_attention_layers": looking},
+            "vision_config": {"hidden_size": 16, "intermediate_size": 32, "attention_heads": 2,
+                              "image_size": 28, "num_hidden_layers": 3, "num_global_layers": 1,
+                              "intermediate_layers_indices": [1, 2]}})
+        return randomise(LlamaVision(config), config.vision, seed).requires_grad_(False)
+    return make
+
+
+@pytest.fixture(scope="session")
+def see() -> Callable[..., ImageTokens | None]:
+    """Encodes random pictures of these grids, for each batch row; a pruner may shrink them first."""
+    def encode(network: LlamaVision, rows: list[list[Grid]], seed: int = 0,
+               pruner: Pruner | None = None) -> ImageTokens | None:
+        side, generator = network.config.vision.image_size, torch.Generator().manual_seed(seed)
+        processor, tiles = ImageProcessor(side), []
+        for grids in rows:
+            noise = [torch.randint(256, (h * side, w * side, 3), generator=generator) for h, w in grids]
+            pictures = [Image.frombytes("RGB", (p.shape[1], p.shape[0]), bytes(p.flatten().tolist()))
+                        for p in noise]
+            tiles.append((processor if pruner is None else partial(pruner.pictures, processor=processor))
+                         (pictures))
+        return network.encode(tiles)
+    return encode
+
+
+@dataclass
+class Run:
+    """What `generate.generate` did, step by step."""
+    answer: Answer
+    logits: Tensor                      # [B, steps, V]
+    fed: list[int]                      # the tokens of the steps, the same for every row
+    read: list[ImageKV]                 # what each cross-attention layer attended to in prefill
+    held: list[list[ImageKV]]           # what each of them decodes with, after prefill and every step
+
+
+@pytest.fixture(scope="session")
+def ask() -> Callable[..., Run]:
+    """Runs `generate.generate` with new tokens that are given, and watches it."""
+    def run(network: LlamaVision, prompts: list[list[int]], image: ImageTokens | None,
+            pruner: Pruner | None = None, steps: int = 2) -> Run:
+        logits, caches, read, held, fed = [], [], [], [], [7, 30, 11, 52, 9, 41][:steps]
+
+        def prefill(*arguments) -> tuple[Tensor, Cache]:
+            first, cache = type(network).prefill(network, *arguments)
+            caches.append(cache)
+            return first, cache
+
+        def layer(i: int, *arguments) -> tuple[ImageTokens, ImageKV]:
+            later, kv = type(pruner).layer(pruner, i, *arguments)
+            read.append(kv)
+            return later, kv
+
+        def sampler(new: Tensor) -> Tensor:
+            logits.append(new)
+            held.append(list(caches[0].images))
+            return torch.full((len(new),), fed[len(logits) - 1])
+
+        watched = nullcontext() if pruner is None else patch.object(pruner, "layer", layer)
+        with patch.object(network, "prefill", prefill), watched:
+            answer = generate(network, prompts, image, steps, (), sampler, pruner=pruner)
+        return Run(answer, torch.stack(logits, dim=1), fed, read, held)
+    return run
+
+
+def columns(kv: ImageKV, row: int, place: Tensor) -> Tensor:
+    """Which of the tokens with these places [N, 4] are in `kv`: [G, N] bool."""
+    same = (kv.place[row][:, :, None] == place).all(-1)                                         # [K, n, N]
+    same = same if kv.mask is None else same & kv.mask[row][:, :, None]
+    return same.any(1).expand(kv.key.shape[1], -1)
+
+
+def look(layer: CrossAttentionLayer, x: Tensor, features: Tensor, inside: Tensor) -> Tensor:
+    """A cross-attention layer by hand: x [T, D] looks at features [N, D] where `inside` [G, T, N] says so."""
+    own, normed = layer.cross_attn, layer.input_layernorm(x)
+    q = own.q_norm(own.q_proj(normed).unflatten(-1, (own.heads, -1)))                           # [T, H, d]
+    k = own.k_norm(own.k_proj(features).unflatten(-1, (own.kv_heads, -1)))
+    k, v = (t.repeat_interleave(own.heads // own.kv_heads, 1)
+            for t in (k, own.v_proj(features).unflatten(-1, (own.kv_heads, -1))))               # [N, H, d]
+    scores = torch.einsum("thd,nhd->htn", q, k) / q.shape[-1] ** 0.5
+    hidden = ~inside.repeat_interleave(own.heads // len(inside), 0)
+    h = torch.einsum("htn,nhd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
+    y = x + layer.cross_attn_attn_gate.tanh() * own.o_proj(h)
+    y = y + layer.cross_attn_mlp_gate.tanh() * layer.mlp(layer.post_attention_layernorm(y))
+    return torch.where(inside.any(-1).all(0)[:, None], y, x)
+
+
+@pytest.fixture(scope="session")
+def masked() -> Callable[..., Tensor]:
+    """The logits [B, steps, V] of a Run, from the whole image with -inf where its pruner dropped a token.
+
+    One pass over each row's prompt and new tokens: no batch, no cache, and nothing is ever dropped.
+    """
+    @torch.inference_mode()
+    def row_logits(network: LlamaVision, run: Run, prompt: list[int], image: ImageTokens | None, row: int):
+        ids, decoder, depth = torch.tensor(prompt + run.fed[:-1]), network.language_model, 0
+        x, angles = decoder.embed_tokens(ids), rotary_angles(torch.arange(len(ids))[None], decoder.config)
+        real = slice(None) if image is None or image.mask is None else image.mask[row]
+        for layer in decoder.layers:
+            if isinstance(layer, SelfAttentionLayer):
+                x = layer(x[None], angles)[0][0]
+            elif image is not None:
+                place = image.place[row][real]
+                kept = [run.read[depth]] * len(prompt) + [kvs[depth] for kvs in run.held[:-1]]
+                kept = torch.stack([columns(kv, row, place) for kv in kept], dim=1)            # [G, T, N]
+                seen = visible_images(ids[None], IMAGE)[0]
+                inside = (place[:, 0] >= seen[:, :1]) & (place[:, 0] < seen[:, 1:])
+                x, depth = look(layer, x, image.features[row][real], kept & inside), depth + 1
+        return network.lm_head(decoder.norm(x))[len(prompt) - 1:]
+
+    def logits(network: LlamaVision, run: Run, prompts: list[list[int]], image: ImageTokens | None) -> Tensor:
+        return torch.stack([row_logits(network, run, p, image, row) for row, p in enumerate(prompts)])
+    return logits
+
+
+@pytest.fixture(scope="session")
+def attention_of() -> Callable[..., tuple[Queries, ImageTokens, ImageKV]]:
+    """Queries, tokens and keys of one image, and of text that sees all of it, with these attention weights.
+
+    `weights` [H, T, N], a 0 as nearly as a softmax can; `kv_heads` share their keys.
+    """
+    def make(weights: Tensor, kv_heads: int = 1) -> tuple[Queries, ImageTokens, ImageKV]:
+        heads, rows, n = weights.shape
+        q = weights.clamp(min=1e-30).log() * n ** 0.5           # keys are unit vectors, and d = N
+        place = torch.tensor([[[0, 0, 0, i] for i in range(n)]])
+        key = torch.eye(n).expand(1, kv_heads, n, n)
+        image, seen = ImageTokens(torch.arange(n).float().view(1, n, 1), place), torch.tensor([0, 1])
+        return Queries(q[None], seen.expand(1, rows, 2)), image, ImageKV(key, key, place[:, None])
+    return make
