@@ -43,7 +43,7 @@ class FastV(Random):
         return (image.take(self.kept), kv.take(self.kept)) if self.when == "prefill" else (image, kv)
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        self.whole = kvs
+        self.whole = kvs if self.when == "step" else []
         return super().prefilled(kvs)
 
     def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:

@@ -1,19 +1,23 @@
 """The README says what is true: its line counts, links, commands, answers and figures."""
 import ast
+import io
 import json
 import re
 import shlex
+import tokenize
 from pathlib import Path
 
 import pytest
 
 import generate
+from pruning import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READING = re.findall(r"^\| \[`?([\w./]+)`?\]\([\w./]+\) \| (\d+) \|", README, re.M)
 EXAMPLES = re.findall(r"^\| \[?`?(examples/[\w.]+)`?[^|]*\| ([^|]+) \| ([^|]+) \|$", README, re.M)
-SOURCES = [*ROOT.glob("*.py"), *(p for d in ("model", "weights", "scenes") for p in (ROOT / d).glob("*.py"))]
+ROOMS = "model", "pruning", "weights", "scenes"
+SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
 
 
 def test_readme_is_at_most_200_lines():
@@ -34,7 +38,7 @@ def test_line_counts(name, lines):
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     targets = re.findall(r"\]\(([^)#]+)", text)
-    targets += re.findall(r"`((?:model|weights|scenes|tests|examples)/[\w./]*)`", text)
+    targets += re.findall(r"`((?:model|pruning|weights|scenes|tests|examples|results)/[\w./]*)`", text)
     for target in targets:
         assert target.startswith("https://") or (ROOT / target).exists(), target
 
@@ -80,16 +84,43 @@ def test_main_command_answers(monkeypatch, capsys):
 
 def test_accuracy_is_that_of_the_stored_evaluation():
     figures = json.loads((ROOT / "weights" / "tiny" / "accuracy.json").read_text(encoding="utf-8"))
-    rows = dict(re.findall(r"^\| (\w+) \| ([\d.]+) % \|", README, re.M))
     expected = {**figures["accuracy_by_kind"], "mean": figures["mean_over_kinds"]}
-    assert rows == {kind: f"{100 * share:.1f}" for kind, share in expected.items()}
+    assert rows_of(next(iter(expected))) == [list(expected), [f"{100 * v:.1f}" for v in expected.values()]]
     assert figures["questions"] == 2000
 
 
+def rows_of(corner: str) -> list[list[str]]:
+    """The cells of the table whose upper left one is this."""
+    table = re.search(rf"^\| {corner} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.M).group(0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+def test_pruning_table_is_that_of_the_stored_evaluation():
+    made = json.loads((ROOT / "results" / "scenes.json").read_text(encoding="utf-8"))
+    (_, *keeps), *lines = rows_of("`--keep`")
+    assert len(keeps) >= 6 and len(lines) >= 5 and made["questions"] == 2000
+    assert len(made["rows"]) == 1 + len(keeps) * len(lines)
+    expected = {(row["method"], f"{row['keep']:g}"): f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
+                for row in made["rows"]}
+    for method, *cells in lines:
+        assert cells == [expected[method, keep] for keep in keeps]
+
+
+def test_the_method_in_the_readme_runs(tmp_path, assistant):
+    source = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    assert code_lines(tmp_path / "mine.py") < 10
+    mine = load(f"{tmp_path / 'mine.py'}:Mine", keep=0.2)
+    look = assistant.look([generate.open_picture(ROOT / "examples" / "shapes.png")])
+    said = assistant.ask([generate.messages("What is written on the circle?", 1)], look, 8, pruner=mine)
+    assert said.kept == [[200, 40, 40]]
+
+
 def test_imports_run_one_way():
-    allowed = {"model": {"model"}, "weights": {"model", "weights"}, "scenes": {"model", "weights", "scenes"},
-               "": {"model", "weights", "scenes", "generate"}}
-    rooms = {"model", "weights", "scenes", "generate", "evaluate"}
+    rooms = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
+    allowed = {"model": {"model"}, "pruning": {"model", "pruning"}, "weights": {"model", "weights"},
+               "scenes": {"model", "weights", "scenes"}, "": rooms - {"evaluate", "benchmark"}}
     for path in SOURCES:
         room = path.parent.relative_to(ROOT).as_posix().strip(".")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -101,20 +132,40 @@ def test_imports_run_one_way():
 
 def test_no_import_circle_inside_a_room():
     """Files that import none of their neighbours are taken away until nothing is left."""
-    for room in ("model", "weights", "scenes"):
-        imports = {}
+    for room in (*ROOMS, ""):
+        imports, prefix = {}, room and f"{room}."
         for path in (ROOT / room).glob("*.py"):
             tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
             modules = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
-            imports[path.stem] = {m.split(".")[1] for m in modules if m.startswith(f"{room}.")}
+            imports[path.stem] = {m.removeprefix(prefix) for m in modules if m.startswith(prefix)}
         while free := [name for name, needs in imports.items() if not needs & imports.keys()]:
             for name in free:
                 del imports[name]
         assert not imports, imports
 
 
+def code_lines(path: Path) -> int:
+    """Lines of a file that hold code: no comments, no docstrings, no blank lines."""
+    source = path.read_text(encoding="utf-8")
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+             tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {line for token in tokens if token.type not in blank
+             for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - documented)
+
+
+@pytest.mark.parametrize(("method", "most"), [("random", 12), ("fastv", 30), ("trimmed_llama", 40)])
+def test_a_method_is_short(method, most):
+    assert 5 < code_lines(ROOT / "pruning" / f"{method}.py") <= most
+
+
 def test_sizes_of_model_files_and_functions():
-    for path in (ROOT / "model").glob("*.py"):
+    for path in [*(ROOT / "model").glob("*.py"), *(ROOT / "pruning").glob("*.py")]:
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 300, path
         for node in ast.walk(ast.parse(text)):
