@@ -235,14 +235,16 @@ def plot(made: dict, path: Path):
     full, *rows = made["rows"]
     axes.axhline(100 * full["accuracy"], color="0.3", linewidth=1, label="full model")
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
+        mine = [row for row in rows if row["method"] == method]
         points = sorted((row["kept"], *(100 * row[name] for name in ("accuracy", "low", "high")))
-                        for row in rows if row["method"] == method)
+                        for row in mine)
+        label = "\n".join([method, *(f"  {knob} {value}" for knob, value in mine[0]["knobs"].items())])
         x, y, low, high = zip(*points, strict=True)
         colour = COLOURS[i % len(COLOURS)]
         axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.vlines(x, low, high, color=colour, alpha=0.5, linewidth=1)     # a band of one point is empty
         axes.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)],
-                  markersize=5, linewidth=1.4, label=method)
+                  markersize=5, linewidth=1.4, label=label)
     least = min([0.5, *(row["kept"] for row in rows)])
     axes.set_xscale("log", base=2)
     axes.set_xlim(least * 0.85, 1.1)

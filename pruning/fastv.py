@@ -31,16 +31,12 @@ class FastV(Random):
     early_caches: Literal["trim", "full"] = "full"
     when: Literal["prefill", "boundary", "step"] = "prefill"
     rows: Literal["last", "all"] = "last"
-    least_layers, paper = 0, "Chen et al. 2024, arXiv 2403.06764"
+    paper = "Chen et al. 2024, arXiv 2403.06764"
 
     def choose(self, queries: Queries, image: ImageTokens | ImageKV, kv: ImageKV) -> Tensor:
+        if not self.full_layers:
+            return super().choose(queries, image, kv)
         return top(column_mass(queries, kv, self.rows, heads="layer"), self.keep, image)
-
-    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
-        if self.full_layers or i:
-            return super().layer(i, queries, image, kv)
-        self.kept = super().choose(queries, image, kv)
-        return (image.take(self.kept), kv.take(self.kept)) if self.when == "prefill" else (image, kv)
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
         self.whole = kvs if self.when == "step" else []

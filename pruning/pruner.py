@@ -94,29 +94,29 @@ class Pruner:
 @dataclass
 class OneChoice(Pruner):
     """A pruner that chooses once, at cross-attention layer `full_layers` - 1: this layer and those before it
-    read the whole image in prefill, later ones make their keys and values of what is kept alone."""
+    read the whole image in prefill, later ones make their keys and values of what is kept alone. With 0 the
+    first layer chooses, and already reads what is kept alone."""
     keep: float | int = 0.5
     full_layers: int = 1                                    # that read the whole image in prefill
     early_caches: Literal["trim", "full"] = "trim"          # what the first layers hold for decoding
     when: Literal["prefill", "boundary"] = "prefill"        # boundary: all of them read it in prefill
-
-    least_layers: ClassVar[int] = 1                         # of `full_layers`; a choice needs queries
 
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
         """What is kept, [B, N] bool."""
         raise NotImplementedError
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
-        if i + 1 == self.full_layers:
+        if i == max(self.full_layers - 1, 0):
             self.kept = self.choose(queries, image, kv)
             if self.when == "prefill":
+                kv = kv if self.full_layers else kv.take(self.kept)
                 image = image.take(self.kept)
         return image, kv
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        if not self.least_layers <= self.full_layers <= len(kvs):
-            raise ValueError(f"{self.name}: full_layers is {self.full_layers}, but must be "
-                             f"{self.least_layers} to {len(kvs)}, the number of cross-attention layers")
+        if not 0 <= self.full_layers <= len(kvs):
+            raise ValueError(f"{self.name}: full_layers is {self.full_layers}, but must be 0 to {len(kvs)}, "
+                             "the number of cross-attention layers")
         early, late = kvs[:self.full_layers], kvs[self.full_layers:]
         if self.early_caches == "trim":
             early = [kv.take(self.kept) for kv in early]

@@ -26,12 +26,13 @@ QUESTIONS = [[5, 6, I, 7, 8, 9], [I, 11, 12], [13, I, 14, 15, 16, 17, 18]]  # ab
 KEEPS = [{"keep": 0.25}, {"keep": 0.6}]
 KNOBS = {
     "trimmed_llama": [{"keep": 3, "per": "kv_head"}, {"keep": 0.1, "when": "boundary"},
-                      {"keep": 0.1, "early_caches": "full"}, {"keep": 2, "budget": 4, "full_layers": 2}],
+                      {"keep": 0.1, "early_caches": "full"}, {"keep": 2, "budget": 4, "full_layers": 2},
+                      {"keep": 0.2, "full_layers": 0}],
     "fastv": [{"keep": 3, "rows": "all"}, {"keep": 0.4, "full_layers": 0, "seed": 3},
               {"keep": 0.3, "full_layers": 2, "early_caches": "trim"}, {"keep": 0.3, "when": "boundary"},
               {"keep": 0.3, "when": "step", "early_caches": "trim"}],
-    "random": [{"keep": 4, "seed": 5, "full_layers": 2}],
-    "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}]}
+    "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
+    "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 MODELS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}     # seed, share, cross-attention layers
 
 

@@ -24,14 +24,21 @@ def test_readme_is_at_most_200_lines():
     assert len(README.splitlines()) <= 200
 
 
+def files_of(name: str) -> list[Path]:
+    """The files of a row of the reading table: one, or those of a folder."""
+    return [path for path in SOURCES if path.name != "__init__.py" and name in (
+        path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix() + "/")]
+
+
 def test_reading_table_names_every_file():
-    names = {name for name, _ in READING}
-    assert names == {str(p.relative_to(ROOT)) for p in SOURCES if p.name != "__init__.py"}
+    named = [path for name, _ in READING for path in files_of(name)]
+    assert sorted(named) == sorted(path for path in SOURCES if path.name != "__init__.py")
 
 
 @pytest.mark.parametrize(("name", "lines"), READING)
 def test_line_counts(name, lines):
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) == int(lines)
+    count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files_of(name))
+    assert count == int(lines) > 0
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
@@ -97,12 +104,16 @@ def rows_of(corner: str) -> list[list[str]]:
 
 
 def test_pruning_table_is_that_of_the_stored_evaluation():
-    made = json.loads((ROOT / "results" / "scenes.json").read_text(encoding="utf-8"))
     (_, *keeps), *lines = rows_of("`--keep`")
-    assert len(keeps) >= 6 and len(lines) >= 5 and made["questions"] == 2000
-    assert len(made["rows"]) == 1 + len(keeps) * len(lines)
-    expected = {(row["method"], f"{row['keep']:g}"): f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
-                for row in made["rows"]}
+    expected = {}
+    for name, suffix in ("scenes.json", ""), ("scenes_first_layer.json", ", `full_layers=0`"):
+        made = json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+        assert made["questions"] == 2000
+        for row in made["rows"][1:]:
+            assert bool(row["knobs"]) == bool(suffix)
+            cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
+            expected[row["method"] + suffix, f"{row['keep']:g}"] = cell
+    assert len(keeps) >= 6 and len(expected) == len(keeps) * len(lines)
     for method, *cells in lines:
         assert cells == [expected[method, keep] for keep in keeps]
 

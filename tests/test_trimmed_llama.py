@@ -315,9 +315,18 @@ def test_the_same_set_for_decoding_alone(seed, small, ask):
     assert (later.logits[:, 1] - whole.logits[:, 1]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("layers", [0, 3])
+def test_no_full_layer_reads_what_is_kept_alone(small, ask):
+    """The same choice, but the first layer too attends to nothing else, in prefill already."""
+    network, image, prompt = small(1), picture(20, 1), [I, 5, 6]
+    usual, strict = (ask(network, [prompt], image, TrimmedLlama(0.1, full_layers=n)) for n in (1, 0))
+    assert [kept(kv, image) for kv in strict.held[0]] == [kept(kv, image) for kv in usual.held[0]]
+    assert usual.read[0].key.shape[2] == 20 > strict.read[0].key.shape[2]
+    assert (usual.logits[:, 0] - strict.logits[:, 0]).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("layers", [-1, 3])
 def test_more_full_layers_than_there_are(layers, small, ask):
-    with pytest.raises(ValueError, match=f"full_layers is {layers}, but must be 1 to 2") as error:
+    with pytest.raises(ValueError, match=f"full_layers is {layers}, but must be 0 to 2") as error:
         ask(small(1), [[I, 5]], picture(20, 1), TrimmedLlama(full_layers=layers))
     assert "\n" not in str(error.value)
 
