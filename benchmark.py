@@ -8,7 +8,10 @@ all image tokens: what pruning saves is not counted. Medians; only ratios matter
 """
 import argparse
 import statistics
+import warnings
 from dataclasses import replace
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
 import torch
 

@@ -11,11 +11,14 @@ import argparse
 import random
 import sys
 import time
+import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
+
+warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
 import torch
 from torch import Tensor

@@ -557,6 +557,18 @@ def test_the_list_of_methods(run):
     assert "arXiv 2504.00557" in out and "early_caches = trim or full" in out and "acts at: layer" in out
 
 
+@pytest.mark.parametrize("kind", ["kept", "attention"])
+def test_a_map_is_drawn_and_changes_nothing(run, wide, tmp_path, kind):
+    command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "6", "--json"
+    prune, path = ("--prune", "trimmed_llama", "--keep", "0.2"), str(tmp_path / "map.png")
+    for chosen in (), prune:
+        plain = json.loads(run(*command, *chosen)[0])
+        drawn = json.loads(run(*command, *chosen, "--save-map", path, "--map", kind)[0])
+        assert Image.open(path).width >= 224
+        for key in "answer", "token_ids", "image_tokens", "kept_by_layer", "pruner":
+            assert drawn[key] == plain[key]
+
+
 def test_a_chat_prunes_anew_for_every_question(run, say, wide, monkeypatch):
     say("A red circle.")
     first, later = "What is this?\n", "What is this?\nAnd where?\n"
