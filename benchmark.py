@@ -15,12 +15,12 @@ warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # im
 
 import torch
 
-from generate import Clock, Parser
+from generate import Clock, Parser, parse_pruner
 from model.config import TextConfig
 from model.decoder import Decoder
 from model.image_tokens import ImageTokens, Queries
 from model.layers import rotary_angles
-from pruning import Pruner, load, parse_knob, parse_number
+from pruning import Pruner
 from report import fail
 from weights import parse_device, parse_dtype
 
@@ -79,10 +79,7 @@ def command(args: argparse.Namespace):
     for name in "image_tokens", "text_tokens", "repeat":
         if getattr(args, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    settings = dict(map(parse_knob, args.set))
-    if args.keep is not None:
-        settings["keep"] = parse_number(args.keep)
-    pruner, config = load(args.prune, **settings), MODELS[args.shape]
+    pruner, config = parse_pruner(args), MODELS[args.shape]
     layers = Slice(config, args.text_tokens, args.image_tokens, parse_device(args.device),
                    parse_dtype(args.dtype))
     runs = [layers.run(pruner) for _ in range(args.repeat + 1)][1:]

@@ -15,7 +15,6 @@ import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
@@ -166,7 +165,7 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     return {"model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
             "questions": args.questions, "skip_layer": args.skip_layer, "device": args.device,
             "dtype": args.dtype, "files": {name: zlib.crc32(Path(name).read_bytes()) for name in files},
-            "rows": [[pruner.name, pruner.keep, knobs_set(pruner)] for pruner in pruners]}
+            "rows": [[pruner.name, pruner.keep, pruner.knobs_set()] for pruner in pruners]}
 
 
 def fingerprint(folder: Path) -> int:
@@ -177,12 +176,6 @@ def fingerprint(folder: Path) -> int:
         size = path.stat().st_size
         value = zlib.crc32(path.read_bytes() if size < SMALL else str(size).encode(), value)
     return value
-
-
-def knobs_set(pruner: Pruner) -> dict:
-    """The knobs, other than keep, that are not at their default."""
-    return {field.name: value for field in fields(pruner)
-            if field.name != "keep" and (value := getattr(pruner, field.name)) != field.default}
 
 
 def arguments() -> argparse.Namespace:

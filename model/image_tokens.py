@@ -5,6 +5,7 @@ position, so dropping a token is exactly masking it: `take` drops, and the small
 Batch rows that keep fewer than the longest are padded and masked. B batch, T text tokens, N image tokens,
 H query heads, G key/value heads, K = 1 or G (sets that the heads share, or one a head), d head width.
 """
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -79,13 +80,17 @@ class ImageKV:
         return replace(kv, mask=None if mask is None or mask.all() else mask)
 
 
+def each_image(tokens: ImageTokens | ImageKV) -> Iterator[Tensor]:
+    """For one image after the other, where its tokens are: [B, N], or [B, K, N], without padding."""
+    which = tokens.place[..., 0]
+    for image in range(int(which.max()) + 1):
+        yield which == image if tokens.mask is None else (which == image) & tokens.mask
+
+
 def held(tokens: ImageTokens | ImageKV, kept: Tensor) -> Tensor:
     """`kept` without the padding; ValueError where it leaves nothing of an image."""
     kept = kept if tokens.mask is None else kept & tokens.mask
-    which = tokens.place[..., 0]
-    for image in range(int(which.max()) + 1):
-        there = which == image
-        there = there if tokens.mask is None else there & tokens.mask
+    for image, there in enumerate(each_image(tokens)):
         gone = there.any(-1) & ~(there & kept).any(-1)
         if gone.any():
             raise ValueError(f"the pruner keeps no token of image {image} in batch row "

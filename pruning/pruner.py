@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.image import ImageProcessor, Tiles
-from model.image_tokens import ImageKV, ImageTokens, Queries
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
 
 MOMENTS = ("pictures", "encoded", "layer", "prefilled", "stepped", "logits")
 
@@ -86,9 +86,13 @@ class Pruner:
 
     def __str__(self) -> str:
         """For people: the method, its keep ratio, and the knobs that are not at their default."""
-        others = [f"{field.name} {value}" for field in fields(self) if field.name != "keep"
-                  and (value := getattr(self, field.name)) != field.default]
+        others = [f"{knob} {value}" for knob, value in self.knobs_set().items()]
         return ", ".join([self.name, f"keep {self.keep} {self.unit}".strip(), *others])
+
+    def knobs_set(self) -> dict[str, object]:
+        """The knobs, other than keep, that are not at their default."""
+        return {field.name: value for field in fields(self)
+                if field.name != "keep" and (value := getattr(self, field.name)) != field.default}
 
 
 @dataclass
@@ -135,14 +139,10 @@ def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Ten
 
     Of equal scores the first win. Padding is never among them.
     """
-    which, mask = tokens.place[..., 0], tokens.mask
-    if which.ndim < scores.ndim:
-        which, mask = which[:, None], None if mask is None else mask[:, None]
-    elif which.ndim > scores.ndim:
-        which, mask = which[:, 0], None if mask is None else mask[:, 0]
     kept = torch.zeros_like(scores, dtype=torch.bool)
-    for image in range(int(which.max()) + 1):
-        there = which == image if mask is None else (which == image) & mask
+    for there in each_image(tokens):
+        if there.ndim != scores.ndim:               # sets that the heads share have no dimension for them
+            there = there[:, None] if there.ndim < scores.ndim else there[:, 0]
         n = count(keep, there.sum(-1, keepdim=True))
         ours = scores.masked_fill(~there, -math.inf)
         least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from model.image_tokens import each_image
 from pruning.pruner import ImageKV, ImageTokens, OneChoice, Queries, count
 
 
@@ -16,10 +17,8 @@ class Spatial(OneChoice):
     paper = "Lee et al. 2025, arXiv 2504.00557, Table 3"
 
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
-        which = image.place[..., 0]
-        kept = torch.zeros_like(which, dtype=torch.bool)
-        for i in range(int(which.max()) + 1):
-            there = which == i if image.mask is None else (which == i) & image.mask
+        kept = torch.zeros(image.place.shape[:2], dtype=torch.bool, device=image.place.device)
+        for there in each_image(image):
             tokens, rank = there.sum(-1, keepdim=True), there.cumsum(-1) - 1
             n = count(self.keep, tokens)
             kept |= there & (rank * n % tokens.clamp(min=1) < n)

@@ -212,7 +212,7 @@ def test_methods_of_ones_own(run, tmp_path):
     name = f"{tmp_path}/mine.py:Mine"
     pruners = evaluate.plan(f"none,{name}", "1.0,7", ["own.knob=2"])
     assert [(p.name, p.keep) for p in pruners] == [("none", 1.0), ("own", 1.0), ("own", 7)]
-    assert [evaluate.knobs_set(p) for p in pruners] == [{}, {"knob": 2}, {"knob": 2}]
+    assert [p.knobs_set() for p in pruners] == [{}, {"knob": 2}, {"knob": 2}]
     out = tmp_path / "out.json"
     run("--questions", 1, "--prune", name, "--keep", 7, "--json", out)
     before = json.loads(out.read_text())
