@@ -14,7 +14,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
@@ -23,27 +23,31 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.cache import Cache
+from model.compiled import Compiled
 from model.image import ImageProcessor, open_picture
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from model.prompt import Prompter, Stream, check_length, messages
-from model.sampler import GREEDY, Sampler
+from model.sampler import GREEDY, Arriving, Sampler, one_ahead
 from pruning import Pruner, catalogue, load, parse_knob, parse_number
 from pruning.picture import attention_map, kept_map
 from pruning.recorder import Recorder
 from report import Answer, Picture, as_json, fail, say, say_cost, say_model, write
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 
+WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
+
 
 @torch.inference_mode()
 def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None, max_new_tokens: int,
              stop_ids: tuple[int, ...], sampler: Callable[[Tensor], Tensor] = GREEDY,
-             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
-             ) -> Answer:
+             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None,
+             decode: Callable[[Tensor, Cache], Tensor] | None = None) -> Answer:
     """Continue every prompt to a stop token or `max_new_tokens`; each new token goes to `emit(row, token)`.
 
-    `image` is what `model.encode` made of the pictures. Raises ValueError where a prompt does not fit in, or
-    the pruner's knobs do not fit the model.
+    `image` is what `model.encode` made of the pictures; `decode` is `model.decode` if not given, or Compiled
+    of it. Raises ValueError where a prompt does not fit in, or the pruner's knobs do not fit the model.
     """
     lengths = [len(prompt) for prompt in prompts]
     for length in lengths:
@@ -54,27 +58,33 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     if pruner is None or pruner.keeps_all or image is None:
         pruner = Pruner()                                                       # bit for bit the whole model
 
-    clock, branches = Clock(device), 1
+    clock, branches, decode = Clock(device), 1, decode or model.decode
     if image is not None:
         image = pruner.encoded(image, prompts)                                  # moment 1
         branches = len(image.features) // len(prompts)
     input_ids, lengths = input_ids.repeat(branches, 1), lengths * branches
     logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens, pruner)        # 2 and 3
     answer = Answer([[] for _ in prompts], {"prefill": clock.lap()}, seen, cache.kept()[:len(prompts)])
+
+    def steps(logits: Tensor) -> Iterator[Arriving]:
+        for step in range(max_new_tokens):
+            tokens = sampler(pruner.logits(logits))                             # 5
+            yield Arriving(tokens)
+            if step + 1 < max_new_tokens:
+                logits = decode(tokens.repeat(branches), cache)     # ended rows run along, unheard
+                cache.hold(pruner.stepped(step, cache.queries, cache.images))   # 4
+
     running = set(range(len(prompts)))
-    for step in range(max_new_tokens):
-        tokens = sampler(pruner.logits(logits))                                 # 5
-        for row, token in enumerate(tokens.tolist()):
+    for step, tokens in enumerate(one_ahead(steps(logits)) if device.type == "cuda" else steps(logits)):
+        answer.decoded += len(running) if step else 0
+        for row, token in enumerate(tokens.read()):
             if row in running and token in stop_ids:
                 running.remove(row)
             elif row in running:
                 answer.tokens[row].append(token)
                 emit(row, token)
-        if not running or step + 1 == max_new_tokens:
+        if not running:
             break
-        logits = model.decode(tokens.repeat(branches), cache)       # rows that have ended run along, unheard
-        cache.hold(pruner.stepped(step, cache.queries, cache.images))           # 4
-        answer.decoded += len(running)
     answer.ms["decode"] = clock.lap()
     answer.image_kv_bytes, answer.text_kv_bytes = cache.image_bytes(), cache.text_bytes()
     return answer
@@ -98,7 +108,7 @@ class Assistant:
     """A checkpoint ready to answer: the model, its prompt format and its image processing."""
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
-                 revision: str | None = None):
+                 revision: str | None = None, compile: bool = False):
         began = time.perf_counter()
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -107,7 +117,8 @@ class Assistant:
         self.model = load_model(folder, device, dtype)
         self.prompter = Prompter.from_folder(folder, self.model.config)
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
-        self.load_ms = (time.perf_counter() - began) * 1000
+        self.decode = Compiled(self.model.decode, device) if compile else self.model.decode
+        self.ms = {"load": (time.perf_counter() - began) * 1000}
 
     def look(self, pictures: list[Image.Image], pruner: Pruner | None = None) -> Picture:
         """Encode RGB pictures, once for any number of questions; the pruner may shrink them first."""
@@ -131,9 +142,18 @@ class Assistant:
         prompts = [self.prompter.encode(conversation, date) for conversation in conversations]
         image = None if picture.tokens is None else picture.tokens.expand(len(prompts))
         answer = generate(self.model, prompts, image, max_new_tokens, self.prompter.stop_ids, sampler, emit,
-                          pruner)
-        answer.ms = {"load": self.load_ms, "encode": picture.ms, **answer.ms}
+                          pruner, self.decode)
+        answer.ms = {**self.ms, "encode": picture.ms, **answer.ms}
         return answer
+
+    def warm_up(self, rows: int, picture: Picture):
+        """Compile what answers of so many rows about this picture need; no answer waits for it then."""
+        question = messages("?", len(picture.tiles) if picture.tokens is not None else 0)
+        clock = Clock(self.model.lm_head.weight.device)
+        prompt = self.prompter.encode(question)
+        image = None if picture.tokens is None else picture.tokens.expand(rows)
+        generate(self.model, [prompt] * rows, image, WARM_UP_TOKENS, (), decode=self.decode)
+        self.ms["compile"] = clock.lap()
 
 
 # ----- the command line
@@ -163,6 +183,7 @@ def arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, metavar="N", help="of sampling")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
+    add("--compile", action="store_true", help="compile decoding first: pays for long answers")
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
@@ -195,8 +216,11 @@ def command(args: argparse.Namespace):
     if args.save_map is not None:
         check_map(Path(args.save_map), len(prompts), len(pictures))
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
-    assistant = Assistant(args.model, args.device, args.dtype, args.revision)
+    assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
     picture = assistant.look(pictures, pruner)
+    if args.compile:
+        assistant.warm_up(max(1, len(prompts)), picture)
+        say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
     if chatting:
         chat(args, assistant, picture, sampler, pruner)
         return

@@ -5,15 +5,15 @@ during prefill, and keeps them for decoding as ImageKV. Image keys carry no posi
 masking it. Text rows that see no image (everything before the first one) skip these layers exactly.
 B batch, T text tokens, N image tokens, H query heads, G key/value heads, d head width, D model width.
 """
-from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from model.cache import Cache, rounded_up
 from model.config import EXTRA_EMBEDDINGS, TextConfig
 from model.image_tokens import ImageKV, ImageTokens, Queries, Sight, sight
-from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotate, split_heads
+from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequencies, rotate, split_heads
 
 
 class Moments(Protocol):
@@ -23,34 +23,6 @@ class Moments(Protocol):
               kv: ImageKV) -> tuple[ImageTokens, ImageKV]: ...
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]: ...
-
-
-@dataclass
-class Cache:
-    """What decoding needs of everything before it."""
-    keys: list[Tensor]              # per self-attention layer [B, G, capacity, d], allocated once
-    values: list[Tensor]
-    lengths: list[int]              # tokens held for each batch row; they differ where prompts do
-    images: list[ImageKV] = field(default_factory=list)     # per cross-attention layer; none: nobody sees any
-    rows: Tensor | None = None      # [B, 1, 1] True where generated tokens see an image; None = everywhere
-    queries: list[Tensor] = field(default_factory=list)     # [B, H, 1, d] of the last step, like `images`
-
-    def hold(self, kvs: list[ImageKV]):
-        """Decode with these from now on; tokens that are masked everywhere are let go."""
-        if kvs is not self.images:
-            self.images = [kv.settle(self.rows) for kv in kvs]
-
-    def kept(self) -> list[list[float]]:
-        """Image tokens held for each batch row, per cross-attention layer; a mean over key/value heads."""
-        rows = torch.ones(len(self.lengths)) if self.rows is None else self.rows.flatten().cpu().float()
-        counts = [kv.counts().cpu() * rows for kv in self.images]
-        return torch.stack(counts, dim=1).tolist() if counts else [[] for _ in self.lengths]
-
-    def text_bytes(self) -> int:
-        return sum(t.nbytes for t in self.keys + self.values)
-
-    def image_bytes(self) -> int:
-        return sum(kv.key.nbytes + kv.value.nbytes for kv in self.images)
 
 
 class Decoder(nn.Module):
@@ -71,10 +43,11 @@ class Decoder(nn.Module):
     def new_cache(self, lengths: list[int], capacity: int) -> Cache:
         """Room for `capacity` tokens in each row, for prompts of these lengths."""
         c, like = self.config, self.norm.weight
-        shape = len(lengths), c.num_key_value_heads, capacity, c.head_dim
+        shape = len(lengths), c.num_key_value_heads, rounded_up(capacity), c.head_dim
         depth = sum(isinstance(layer, SelfAttentionLayer) for layer in self.layers)
         keys, values = ([like.new_zeros(shape) for _ in range(depth)] for _ in range(2))
-        return Cache(keys, values, list(lengths))
+        return Cache(keys, values, torch.tensor(lengths, device=like.device),
+                     rotary_frequencies(c, like.device))
 
     def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor,
                 cache: Cache | None = None, pruner: Moments | None = None) -> Tensor:
@@ -85,7 +58,7 @@ class Decoder(nn.Module):
         """
         x = self.embed_tokens(input_ids)
         positions = torch.arange(x.shape[1], device=x.device)[None]
-        angles = rotary_angles(positions, self.config)
+        angles = rotary_angles(positions, rotary_frequencies(self.config, x.device))
         seeing = None if image is None else sight(seen)
         gaze = None if seeing is None else Gaze(seeing, image, cache, pruner)
         depth = 0
@@ -103,19 +76,17 @@ class Decoder(nn.Module):
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
         """One more token for each row [B] -> hidden states [B, 1, D]; `cache` grows by one."""
         x = self.embed_tokens(tokens[:, None])
-        positions = torch.tensor(cache.lengths, device=x.device)
-        angles = rotary_angles(positions[:, None], self.config)
-        past = Past(positions, max(cache.lengths) + 1, ragged=len(set(cache.lengths)) > 1)
+        angles, mask = rotary_angles(cache.positions[:, None], cache.frequencies), cache.text_mask()
         texts, images = iter(zip(cache.keys, cache.values, strict=True)), iter(cache.images)
         cache.queries = []
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
-                x = layer.step(x, angles, *next(texts), past)
+                x = layer.step(x, angles, *next(texts), cache.positions, mask)
             elif cache.images:
                 q, kv = layer.queries(x), next(images)
                 cache.queries.append(q)
                 x = layer(x, q, kv, cache.rows, None if kv.mask is None else kv.mask[:, :, None])
-        cache.lengths = [n + 1 for n in cache.lengths]
+        cache.positions += 1
         return self.norm(x)
 
     def flops(self, tokens: int, past: int, image_tokens: int, project_image: bool) -> int:
@@ -161,19 +132,8 @@ class Gaze:
     def _asked(self, q: Tensor) -> Queries:
         """Padding on the right of shorter prompts asks nothing."""
         seen, start = self.seeing.seen, self.seeing.start
-        lengths = torch.tensor(self.cache.lengths, device=seen.device)[:, None]
-        real = torch.arange(start, start + seen.shape[1], device=seen.device) < lengths
+        real = torch.arange(start, start + seen.shape[1], device=seen.device) < self.cache.positions[:, None]
         return Queries(q, seen * real[..., None])
-
-
-class Past:
-    """Where the new token of each row goes in the text cache, and what it sees there."""
-
-    def __init__(self, positions: Tensor, longest: int, ragged: bool):
-        self.longest = longest
-        self.slots = torch.arange(len(positions), device=positions.device), positions
-        seen = torch.arange(longest, device=positions.device) <= positions[:, None]
-        self.mask = seen[:, None, None] if ragged else None                         # [B, 1, 1, longest]
 
 
 class SelfAttentionLayer(nn.Module):
@@ -190,14 +150,13 @@ class SelfAttentionLayer(nn.Module):
         x = x + self.self_attn.o_proj(attend(q, k, v, causal=True))
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
-    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
-             past: Past) -> Tensor:
-        """One token x [B, 1, D] over the cache, which it enters first."""
+    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, slots: Tensor,
+             mask: Tensor) -> Tensor:
+        """One token x [B, 1, D] over the cache [B, G, capacity, d], which it enters first at `slots` [B]."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
-        row, slot = past.slots
-        keys[row, :, slot], values[row, :, slot] = k[:, :, 0], v[:, :, 0]
-        h = attend(q, keys[:, :, :past.longest], values[:, :, :past.longest], past.mask)
-        x = x + self.self_attn.o_proj(h)
+        row = torch.arange(len(slots), device=slots.device)
+        keys[row, :, slots], values[row, :, slots] = k[:, :, 0], v[:, :, 0]
+        x = x + self.self_attn.o_proj(attend(q, keys, values, mask))
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -261,6 +220,4 @@ class CrossAttention(Projections):
         return ImageKV(key, value, image.place[:, None], None if image.mask is None else image.mask[:, None])
 
     def forward(self, q: Tensor, kv: ImageKV, mask: Tensor | None) -> Tensor:
-        if mask is not None and mask.shape[1] > 1:          # a set of its own in every key/value head
-            mask = mask.repeat_interleave(self.heads // self.kv_heads, dim=1)
         return self.o_proj(attend(q, kv.key, kv.value, mask))

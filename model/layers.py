@@ -16,11 +16,17 @@ from model.config import TextConfig
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q [B, H, T, d] over k, v [B, G, N, d], each for H / G query heads; returns [B, T, H·d].
 
-    `mask` is boolean, True where a query may look, and None on every path that does not need one: fused
-    kernels are only chosen then.
+    `mask` [B, 1 or G, T, N] is True where a query may look, and None on every path that does not need one:
+    fused kernels are only chosen then. Keys are never repeated. Where there is one row of text, the heads
+    that share a key are taken for rows of one head: the same numbers, and any kernel can do it.
     """
-    shared = q.shape[1] != k.shape[1]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=shared)
+    B, H, T, d = q.shape
+    share = H // k.shape[1]
+    if T == 1:
+        return F.scaled_dot_product_attention(q.view(B, -1, share, d), k, v, attn_mask=mask).view(B, 1, H * d)
+    if mask is not None and mask.shape[1] > 1:              # a set of its own in every key/value head
+        mask = mask.repeat_interleave(share, dim=1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -71,9 +77,9 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
     return (1 - blend) * plain / s.factor + blend * plain
 
 
-def rotary_angles(positions: Tensor, config: TextConfig) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency: positions [B, T] -> two of [B, 1, T, d/2], fp32."""
-    angles = positions[:, None, :, None] * rotary_frequencies(config, positions.device)
+def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position and frequency: [B, T] and [d/2] -> two of [B, 1, T, d/2], fp32."""
+    angles = positions[:, None, :, None] * frequencies
     return angles.cos(), angles.sin()
 
 

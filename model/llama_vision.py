@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
+from model.cache import Cache
 from model.config import Config
-from model.decoder import Cache, CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
+from model.decoder import CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
 from model.image import Tiles
 from model.image_tokens import ImageTokens, visible
 from model.prompt import visible_images
@@ -151,7 +152,10 @@ class LlamaVision(nn.Module):
                 "decode": sum(decoder.flops(1, past, N, project_image=False) + head for past in steps)}
 
     def kv_bytes(self, tokens: int, grids: list[tuple[int, int]]) -> dict[str, int]:
-        """Bytes that the caches of one row hold: of `tokens` text tokens, and of pictures of these grids."""
+        """Bytes that the caches of one row take: for `tokens` text tokens, and for pictures of these grids.
+
+        Room for text comes in whole buckets: `rounded_up(tokens)` of them is what is allocated.
+        """
         c, cross = self.config.text, len(self.config.text.cross_attention_layers)
         each = 2 * c.num_key_value_heads * c.head_dim * self.lm_head.weight.element_size()
         return {"text": (c.num_hidden_layers - cross) * tokens * each,

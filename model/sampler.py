@@ -1,4 +1,5 @@
-"""The last step of the data flow: logits become the next token, greedily or by chance."""
+"""The last step of the data flow: logits become the next token, and the token comes to the host."""
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,3 +40,28 @@ class Sampler:
 
 
 GREEDY = Sampler()
+
+
+class Arriving:
+    """Tokens [B] on their way from the device, copied as soon as they are there."""
+
+    def __init__(self, tokens: Tensor):
+        self.tokens = tokens.to("cpu", non_blocking=True)
+        self.there = torch.cuda.Event() if tokens.is_cuda else None
+        if self.there:
+            self.there.record()
+
+    def read(self) -> list[int]:
+        """Waits for them, but not for what the device was given to do since."""
+        if self.there:
+            self.there.synchronize()
+        return self.tokens.tolist()
+
+
+def one_ahead(steps: Iterator[Arriving]) -> Iterator[Arriving]:
+    """The same steps, each when the next one has been started: a GPU works on while its tokens are read."""
+    before = next(steps)
+    for step in steps:
+        yield before
+        before = step
+    yield before

@@ -53,9 +53,11 @@ class VisionEncoder(nn.Module):
             x = layer(x, layout)
         post = self.post_tile_positional_embedding(ratio, real, tiles)                    # [t, 1, D]
         x = self.layernorm_post(x) + torch.cat((post.repeat_interleave(c.tokens_per_tile, 0), post))[:, 0]
-        for layer in self.global_transformer.layers:
+        *layers, last = self.global_transformer.layers
+        for layer in layers:
             x = layer(x, layout)
-        return torch.cat((x[:, :layout.real], torch.stack(taps, dim=-1).flatten(2)), dim=-1)
+        x = last(x, layout, rows=layout.real)                   # nobody asks what becomes of padding
+        return torch.cat((x, torch.stack(taps, dim=-1).flatten(2)), dim=-1)
 
     def _embed(self, pixels: Tensor, ratio: int, real: int) -> Tensor:
         images, tiles = pixels.shape[:2]
@@ -81,7 +83,8 @@ class VisionEncoder(nn.Module):
         layer = (rows * (8 * c.hidden_size ** 2 + 4 * c.hidden_size * c.intermediate_size)
                  + 4 * c.hidden_size * seeing * (keys + rows - seeing))
         patches = 2 * tiles * (c.tokens_per_tile - 1) * c.num_channels * c.patch_size ** 2 * c.hidden_size
-        return patches + (c.num_hidden_layers + c.num_global_layers) * layer
+        padding = 4 * (rows - seeing) * c.hidden_size * (c.hidden_size + c.intermediate_size + seeing)
+        return patches + (c.num_hidden_layers + c.num_global_layers) * layer - padding
 
 
 class Layout:
@@ -118,9 +121,10 @@ class VisionLayer(nn.Module):
             self.gate_attn = nn.Parameter(torch.full((1,), torch.pi / 4))
             self.gate_ffn = nn.Parameter(torch.full((1,), torch.pi / 4))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        h = self.self_attn(self.input_layernorm(x), layout)
-        x = x + (self.gate_attn.tanh() * h if self.gated else h)
+    def forward(self, x: Tensor, layout: Layout, rows: int | None = None) -> Tensor:
+        """x [I, t·P + t, D] -> the same, or its first `rows` alone."""
+        h = self.self_attn(self.input_layernorm(x), layout, rows)
+        x = x[:, :rows] + (self.gate_attn.tanh() * h if self.gated else h)
         h = self.mlp(self.post_attention_layernorm(x))
         return x + (self.gate_ffn.tanh() * h if self.gated else h)
 
@@ -134,8 +138,9 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        q, k, v = (split_heads(proj(x), self.heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, layout: Layout, rows: int | None) -> Tensor:
+        q = split_heads(self.q_proj(x[:, :rows]), self.heads)
+        k, v = (split_heads(proj(x), self.heads) for proj in (self.k_proj, self.v_proj))
         n = layout.real
         keys = layout.keys.to(x.device)
         real = attend(q[:, :, :n], k[:, :, keys], v[:, :, keys])

@@ -20,7 +20,7 @@ from model.config import Config, VisionConfig
 from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
 from model.image import Grid, ImageProcessor, Tiles
 from model.image_tokens import ImageKV, ImageTokens, Queries
-from model.layers import rotary_angles
+from model.layers import rotary_angles, rotary_frequencies
 from model.llama_vision import LlamaVision
 from model.prompt import visible_images
 from pruning import METHODS, Pruner, load
@@ -193,7 +193,8 @@ def masked() -> Callable[..., Tensor]:
     @torch.inference_mode()
     def row_logits(network: LlamaVision, run: Run, prompt: list[int], image: ImageTokens | None, row: int):
         ids, decoder, depth = torch.tensor(prompt + run.fed[:-1]), network.language_model, 0
-        x, angles = decoder.embed_tokens(ids), rotary_angles(torch.arange(len(ids))[None], decoder.config)
+        x, frequencies = decoder.embed_tokens(ids), rotary_frequencies(decoder.config, ids.device)
+        angles = rotary_angles(torch.arange(len(ids))[None], frequencies)
         real = slice(None) if image is None or image.mask is None else image.mask[row]
         for layer in decoder.layers:
             if isinstance(layer, SelfAttentionLayer):

@@ -197,7 +197,7 @@ def test_only_shrunk_pictures_are_encoded_again_and_steps_are_counted(assistant,
         calls[name] += 1
         return original(*args)
 
-    for owner, name in (assistant, "look"), (assistant.model, "decode"):
+    for owner, name in (assistant, "look"), (assistant, "decode"):
         monkeypatch.setattr(owner, name, partial(counted, name, getattr(owner, name)))
     scene, questions = evaluate.exam(9)[2]
     pruners = [Pruner(), load("random", keep=20), load("downsample", keep=0.5), load("downsample", keep=1.0)]

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 import generate as program
 import pruning
 from generate import Assistant, Picture, Sampler, generate
+from model.cache import rounded_up
 from model.config import Config
 from model.llama_vision import LlamaVision
 from model.prompt import messages
@@ -185,7 +186,7 @@ def test_the_costs_are_those_that_the_model_states(assistant, picture):
     grids = picture.tiles.grid.tolist()
     for batch in 1, 3:
         answer = generate(assistant.model, [ids] * batch, picture.tokens.expand(batch), 6, ())
-        expected = assistant.model.kv_bytes(len(ids) + 6, grids)
+        expected = assistant.model.kv_bytes(rounded_up(len(ids) + 6), grids)
         assert answer.image_kv_bytes == batch * expected["image"] > 0
         assert answer.text_kv_bytes == batch * expected["text"] > 0
         assert answer.ms["prefill"] > 0 and answer.ms["decode"] > 0
@@ -361,7 +362,7 @@ def test_json_is_one_object_with_exactly_these_keys(run, wide):
     assistant = Assistant("tiny", "cpu")
     assert data["answer"] == assistant.prompter.decode(data["token_ids"]) and len(data["token_ids"]) <= 5
     length = len(assistant.prompter.encode(messages("What is this?", 1)))
-    costs = assistant.model.kv_bytes(length + 5, [(1, 2)])
+    costs = assistant.model.kv_bytes(rounded_up(length + 5), [(1, 2)])
     assert (data["image_kv_bytes"], data["text_kv_bytes"]) == (costs["image"], costs["text"])
     assert data["tokens_per_second"] >= 0 and data["peak_memory_bytes"] > 10_000_000
 

@@ -153,7 +153,7 @@ def test_prefill_of_every_prefix(model, name):
         tiles = Tiles(case.tiles.pixels[:named], case.tiles.grid[:named])
         logits, cache = model.prefill(ids[None], [length], model.encode([tiles]), 0)
         torch.testing.assert_close(logits[0], case.logits[length - 1], **FP32)
-        assert cache.lengths == [length]
+        assert cache.positions.tolist() == [length]
 
 
 @pytest.mark.parametrize("name", ["ratio_1x2", "text_only"])

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import layers
+from model.cache import BUCKET, rounded_up
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.decoder import CrossAttentionLayer, SelfAttentionLayer
 from model.image import Tiles
@@ -68,7 +69,7 @@ def calls(monkeypatch) -> list[dict]:
     """What scaled_dot_product_attention is called with, while it goes on working."""
     seen, real = [], layers.F.scaled_dot_product_attention
 
-    def record(q, k, v, attn_mask, is_causal, enable_gqa):
+    def record(q, k, v, attn_mask, is_causal=False, enable_gqa=False):
         seen.append({"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape), "mask": attn_mask,
                      "causal": is_causal, "gqa": enable_gqa})
         return real(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)
@@ -169,11 +170,11 @@ def test_the_text_cache_is_allocated_once(network, tiles):
     _, cache = network.prefill(pad(ROWS), [len(row) for row in ROWS], network.encode(tiles), 6)
     held = cache.keys + cache.values + [t for kv in cache.images for t in (kv.key, kv.value)]
     places = [tensor.data_ptr() for tensor in held]
-    shape = len(ROWS), CONFIG.text.num_key_value_heads, 8 + 6, CONFIG.text.head_dim
+    shape = len(ROWS), CONFIG.text.num_key_value_heads, BUCKET, CONFIG.text.head_dim       # 8 + 6, rounded up
     assert len(cache.keys) == len(cache.values) == SELF
     for step in range(6):
         network.decode(torch.arange(len(ROWS)), cache)
-        assert cache.lengths == [len(row) + step + 1 for row in ROWS]
+        assert cache.positions.tolist() == [len(row) + step + 1 for row in ROWS]
     assert all(tensor.shape == shape for tensor in cache.keys + cache.values)
     now = cache.keys + cache.values + [t for kv in cache.images for t in (kv.key, kv.value)]
     assert [tensor.data_ptr() for tensor in now] == places
@@ -199,7 +200,8 @@ def test_masks_only_where_needed(network, draw, rows, grids, now, later):
 def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles, calls):
     """One prompt about one picture: the fused kernels' way, in the encoder, in prefill and in every step."""
     text, heads = CONFIG.text, CONFIG.text.num_attention_heads
-    query, shared = (1, heads), (1, text.num_key_value_heads)
+    query, groups = (1, heads), text.num_key_value_heads
+    shared = 1, groups
     image = network.encode(tiles[:1])
     assert calls and not any(call["gqa"] or call["causal"] for call in calls)
     calls.clear()
@@ -208,13 +210,18 @@ def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles
     assert len(seen) == CROSS and len(calls) == CROSS + SELF
     assert all(call["q"] == (*query, 6, text.head_dim) for call in seen)    # from the picture on
     assert all(call["k"] == call["v"] == (*shared, 4 * TOKENS, text.head_dim) for call in seen)
-    for step in range(2):
+    assert all(call["mask"] is None and call["gqa"] for call in calls)
+    for step in range(2):           # heads that share keys are rows of one head; text is masked to its length
         network.decode(torch.tensor([5]), cache)
         steps = calls[-CROSS - SELF:]
-        keys = [4 * TOKENS if i in text.cross_attention_layers else 9 + step for i in range(CROSS + SELF)]
+        images = [i in text.cross_attention_layers for i in range(CROSS + SELF)]
+        keys = [4 * TOKENS if image else BUCKET for image in images]
         assert [call["k"] for call in steps] == [(*shared, n, text.head_dim) for n in keys]
-        assert all(call["q"] == (*query, 1, text.head_dim) and not call["causal"] for call in steps)
-    assert all(call["mask"] is None and call["gqa"] for call in calls)
+        assert all(call["q"] == (1, groups, heads // groups, text.head_dim) for call in steps)
+        assert not any(call["causal"] or call["gqa"] for call in steps)
+        assert [call["mask"] is None for call in steps] == images
+        masks = [call["mask"] for call in steps if call["mask"] is not None]
+        assert all(mask.tolist() == [[[[i < 9 + step for i in range(BUCKET)]]]] for mask in masks)
 
 
 def test_attention_without_shared_heads_does_not_ask_for_them(randomise, calls):
@@ -425,7 +432,8 @@ def test_flops_of_the_encoder(network, draw, grid):
 
 @pytest.mark.parametrize("grids", [[], [(2, 1)], [(1, 1), (1, 3)]], ids=["text", "one", "two"])
 def test_flops_of_an_answer(network, draw, grids):
-    """Exactly, but that PyTorch counts causal attention over all pairs, of which half are left out."""
+    """Exactly, but that PyTorch counts causal attention over all pairs, of which half are left out, and all
+    slots of the text cache."""
     prompt, steps = 9, 4
     tiles = [draw(grids, CONFIG.vision)] if grids else [None]
     ids = torch.tensor([[IMAGE] * len(grids) + list(range(5, 5 + prompt - len(grids)))])
@@ -436,7 +444,8 @@ def test_flops_of_an_answer(network, draw, grids):
     assert counted(lambda: network.prefill(ids, [prompt], image, steps)) == flops["prefill"] + above
     cache = network.prefill(ids, [prompt], image, steps)[1]
     decoding = counted(lambda: [network.decode(torch.tensor([5]), cache) for _ in range(steps - 1)])
-    assert decoding == flops["decode"]
+    beyond = sum(BUCKET - held for held in range(prompt + 1, prompt + steps))       # slots that are masked
+    assert decoding == flops["decode"] + SELF * 4 * CONFIG.text.hidden_size * beyond
 
 
 @pytest.mark.parametrize("kept", [1, 7])
@@ -447,6 +456,7 @@ def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, draw, kept):
     columns = torch.arange(2 * TOKENS) < kept
     cache.images = [kv.take(columns[None]) for kv in cache.images]
     expected = decoder.flops(1, 3, kept, project_image=False)
+    expected += SELF * 4 * CONFIG.text.hidden_size * (BUCKET - 4)                   # slots that are masked
     assert counted(lambda: decoder.step(torch.tensor([5]), cache)) == expected
 
 
@@ -458,7 +468,7 @@ def test_bytes_of_the_caches(network, draw, grids, dtype):
     image = held.encode([draw(grids, CONFIG.vision)])
     _, cache = held.prefill(ids, [ids.shape[1]], image, 10)
     expected = {"text": cache.text_bytes(), "image": cache.image_bytes()}
-    assert held.kv_bytes(ids.shape[1] + 10, grids) == expected
+    assert held.kv_bytes(rounded_up(ids.shape[1] + 10), grids) == expected
     assert held.image_tokens(grids) == (0 if image is None else image.features.shape[1])
 
 

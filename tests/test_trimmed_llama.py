@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.decoder import SelfAttentionLayer
 from model.image_tokens import ImageKV, ImageTokens
-from model.layers import rotary_angles
+from model.layers import rotary_angles, rotary_frequencies
 from model.llama_vision import LlamaVision
 from pruning import load
 from pruning.pruner import count
@@ -59,8 +59,9 @@ def times(weight: list[list[float]], x: list[float]) -> list[float]:
 def attention(network: LlamaVision, prompt: list[int], features: Tensor) -> list[list[list[float]]]:
     """Weights [H][rows from the image on][N] of the first cross-attention layer, in float64."""
     decoder = network.language_model
-    x, angles = decoder.embed_tokens(torch.tensor([prompt])), rotary_angles(torch.arange(len(prompt))[None],
-                                                                             decoder.config)
+    ids = torch.tensor([prompt])
+    x, frequencies = decoder.embed_tokens(ids), rotary_frequencies(decoder.config, ids.device)
+    angles = rotary_angles(torch.arange(len(prompt))[None], frequencies)
     first = decoder.cross_layers[0]
     for layer in decoder.layers:
         if not isinstance(layer, SelfAttentionLayer):

@@ -1,0 +1,53 @@
+"""What decoding needs of everything before it: keys and values of the text, and of the images.
+
+Its tensors stay where they are and keep their shape while tokens are decoded: room for the text is taken at
+once, in whole BUCKETs, and `positions`, on the device, say how much of it is filled; the rest is masked. So a
+step is the same work every time, and `model/compiled.py` can compile it.
+B batch, H query heads, G key/value heads, d head width.
+"""
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from model.image_tokens import ImageKV
+
+BUCKET = 64
+
+
+def rounded_up(tokens: int, bucket: int = BUCKET) -> int:
+    """Room for so many tokens, in whole buckets."""
+    return -(-tokens // bucket) * bucket
+
+
+@dataclass
+class Cache:
+    keys: list[Tensor]              # per self-attention layer [B, G, capacity, d], allocated once
+    values: list[Tensor]
+    positions: Tensor               # [B] tokens held for each batch row, which is where the next one goes
+    frequencies: Tensor             # [d/2] of the rotation, from `rotary_frequencies`
+    images: list[ImageKV] = field(default_factory=list)     # per cross-attention layer; none: nobody sees any
+    rows: Tensor | None = None      # [B, 1, 1] True where generated tokens see an image; None = everywhere
+    queries: list[Tensor] = field(default_factory=list)     # [B, H, 1, d] of the last step, like `images`
+
+    def text_mask(self) -> Tensor:
+        """[B, 1, 1, capacity] True where the next token, once entered, may look."""
+        slots = torch.arange(self.keys[0].shape[2], device=self.positions.device)
+        return (slots <= self.positions[:, None])[:, None, None]
+
+    def hold(self, kvs: list[ImageKV]):
+        """Decode with these from now on; tokens that are masked everywhere are let go."""
+        if kvs is not self.images:
+            self.images = [kv.settle(self.rows) for kv in kvs]
+
+    def kept(self) -> list[list[float]]:
+        """Image tokens held for each batch row, per cross-attention layer; a mean over key/value heads."""
+        rows = torch.ones(len(self.positions)) if self.rows is None else self.rows.flatten().cpu().float()
+        counts = [kv.counts().cpu() * rows for kv in self.images]
+        return torch.stack(counts, dim=1).tolist() if counts else [[] for _ in self.positions]
+
+    def text_bytes(self) -> int:
+        return sum(t.nbytes for t in self.keys + self.values)
+
+    def image_bytes(self) -> int:
+        return sum(kv.key.nbytes + kv.value.nbytes for kv in self.images)
