@@ -1,98 +1,161 @@
-"""What a pruner's own work costs, at the layer shapes of the big models: `python benchmark.py`.
+"""How fast this is, part by part, beside transformers in the same process: `python benchmark.py`.
 
-A slice of the decoder with random weights, one self-attention and one cross-attention layer, reads a prompt
-about an image; the pruner acts at the cross-attention layer. Its own work (attention weights, choosing,
-taking the features that are kept) is timed apart from the layers, in turns with them, and compared with the
-slice and with the prefill of the whole decoder: in 11B, 32 and 8 of these layers. All of them are charged for
-all image tokens: what pruning saves is not counted. Medians; only ratios matter.
+    for every number of tiles:      encode, project (projector and K/V of all cross-attention layers)
+        for every batch:            prefill, prune (the method's own moments), first_token (encode + prefill),
+                                    decode (of a token, sampled greedily), peak_memory, image_kv
+
+What is compared runs in turns (ours, theirs, ours, theirs, ...) on the same weights and inputs, and counts
+with its median; ratio is theirs / ours: above 1 ours is better. Their outputs are compared too, transformers'
+two deviations corrected for that alone. `--shape` makes random weights, `--layers` a slice. How each part is
+measured: benchmarks/parts.py. The JSON holds all of it; `--report` makes benchmarks/README.md of such files.
 """
 import argparse
-import statistics
+import json
+import shlex
+import sys
 import warnings
-from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
 import torch
 
-from generate import Clock, Parser, parse_pruner
-from model.config import TextConfig
-from model.decoder import Decoder
-from model.image_tokens import ImageTokens, Queries
-from model.layers import rotary_angles
-from pruning import Pruner
-from report import fail
-from weights import parse_device, parse_dtype
+from benchmarks import tables
+from benchmarks.measure import ceilings, in_turns, machine
+from benchmarks.parts import EAGER, PEER, WHOLE, Bench, Samples
+from benchmarks.peer import Peer, import_transformers
+from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
+from benchmarks.waterfall import pace, waterfall
+from generate import Parser, parse_pruner
+from model.config import Config
+from model.prompt import check_length
+from pruning import Pruner, load
+from report import fail, say
+from results import check_plot
+from weights import find_checkpoint, load_model, parse_device, parse_dtype
 
-MODELS = {"11b": TextConfig(),
-          "90b": TextConfig(hidden_size=8192, intermediate_size=28672, num_attention_heads=64,
-                            num_hidden_layers=100, cross_attention_layers=tuple(range(3, 100, 5)))}
-
-
-class Slice:
-    """A self-attention and a cross-attention layer, the text and the image that go through them."""
-
-    def __init__(self, config: TextConfig, text: int, image: int, device: torch.device, dtype: torch.dtype):
-        with torch.device("meta"):
-            decoder = Decoder(replace(config, num_hidden_layers=2, cross_attention_layers=(1,), vocab_size=8))
-        self.decoder = decoder.to(dtype).to_empty(device=device)
-        for parameter in self.decoder.parameters():
-            torch.nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-        make = {"device": device, "dtype": dtype}
-        self.x, features = torch.randn(1, text, config.hidden_size, **make), torch.randn(
-            1, image, config.hidden_size, **make)
-        self.image = ImageTokens(features, torch.zeros(1, image, 4, dtype=torch.long, device=device))
-        self.angles = rotary_angles(torch.arange(text, device=device)[None], config)
-        self.seen = torch.tensor([0, 1], device=device).expand(1, text, 2)
-
-    @torch.inference_mode()
-    def run(self, pruner: Pruner) -> dict[str, float]:
-        """Milliseconds of the two layers and of the pruner's moments between them."""
-        alone, cross = self.decoder.layers
-        clock = Clock(self.x.device)
-        alone(self.x, self.angles)
-        ms = {"self-attention layer": clock.lap()}
-        q, kv = cross.queries(self.x), cross.cross_attn.keys_values(self.image)
-        cross(self.x, q, kv, None, None)
-        ms["cross-attention layer"] = clock.lap()
-        pruner.prefilled([pruner.layer(0, Queries(q, self.seen), self.image, kv)[1]])
-        ms["pruner"] = clock.lap()
-        return ms
+FOLDER = Path(tables.__file__).parent
+TABLE2 = {"batch": [1, 4, 8, 16, 32], "tiles": [4], "keep": [0.509, 0.396]}     # of arXiv 2504.00557
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python benchmark.py", description="What a pruner's own work costs in prefill.")
+    parser = Parser(prog="python benchmark.py", description="Speed and memory, part by part.")
     add = parser.add_argument
-    add("--prune", default="trimmed_llama", metavar="P", help="the method; default trimmed_llama")
+    add("--model", metavar="M", help="real weights: 'tiny' (bundled), a folder, or a hub id")
+    add("--shape", choices=SHAPES, help="random weights of this shape; default tiny")
+    add("--layers", type=int, metavar="N", help="a slice: N decoder layers, 2 vision layers of each kind")
+    add("--batch", type=numbers, metavar="N,...", help="questions about the picture; default 1")
+    add("--tiles", type=numbers, metavar="N,...", help="of the picture; default 1,4")
+    add("--prompt-tokens", type=int, default=128, metavar="N", help="default 128")
+    add("--new-tokens", type=int, default=32, metavar="N", help="that are timed in decode; default 32")
+    add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
     add("--set", action="append", default=[], metavar="K=V", help="another knob of it")
-    add("--shape", choices=MODELS, default="11b", help="whose layers; default 11b")
-    add("--image-tokens", type=int, default=6404, metavar="N", help="default 6404: four tiles of 560 pixels")
-    add("--text-tokens", type=int, default=128, metavar="T", help="default 128")
-    add("--repeat", type=int, default=11, metavar="N", help="default 11, after one to warm up")
+    add("--against", choices=[PEER], help="on the same weights, in turns")
+    add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
+    add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
+    add("--waterfall", action="store_true", help="only what each lever of decoding gains, one after another")
+    add("--json", metavar="F", help="write all of it")
+    add("--plot", metavar="F", help="draw it: .png, .svg or .pdf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
-    add("--dtype", default="bf16", metavar="T", help="default bf16")
+    add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
+    add("--repeat", type=int, default=7, metavar="N", help="rounds, after warm-up; default 7")
+    add("--report", action="store_true", help="write benchmarks/README.md from benchmarks/*.json, no more")
     return parser.parse_args()
 
 
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
 def command(args: argparse.Namespace):
-    for name in "image_tokens", "text_tokens", "repeat":
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, but must be at least 1")
-    pruner, config = parse_pruner(args), MODELS[args.shape]
-    layers = Slice(config, args.text_tokens, args.image_tokens, parse_device(args.device),
-                   parse_dtype(args.dtype))
-    runs = [layers.run(pruner) for _ in range(args.repeat + 1)][1:]
-    ms = {part: statistics.median(run[part] for run in runs) for part in runs[0]}
-    cross = len(config.cross_attention_layers)
-    alone, looking, own = ms.values()
-    whole = (config.num_hidden_layers - cross) * alone + cross * looking
-    print(f"{pruner}\n{args.shape} layers, {args.image_tokens} image and {args.text_tokens} text tokens, "
-          f"{args.device}, {args.dtype}, torch {torch.__version__}, median of {args.repeat}")
-    for part, value in ms.items():
-        print(f"{part:22} {value:8.2f} ms")
-    print(f"the pruner's own work: {own / (alone + looking):.1%} of these two layers, {own / whole:.2%} of "
-          f"the prefill of all {config.num_hidden_layers} ({whole:.0f} ms)")
+    if args.report:
+        return tables.write_page(FOLDER)
+    pruners = check(args)
+    device = parse_device(args.device)
+    subject, loading = make_subject(args, device)
+    with torch.inference_mode():
+        peer = None if args.against is None else Peer(subject.model)
+        say("ceilings of this machine")
+        bench = Bench(args, subject, peer, pruners, ceilings(device))
+        settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
+        made = {"machine": machine(device), "versions": versions(peer), "command": spoken(sys.argv[1:]),
+                "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": []}
+        if args.waterfall:
+            say("waterfall")
+            made |= {"about": bench.about(args.batch[0], args.tiles[0]),
+                     "waterfall": waterfall(subject, peer, pruners[-1], args.batch[0], args.tiles[0],
+                                            args.prompt_tokens, args.new_tokens, args.repeat)}
+        else:
+            made["rows"] = bench.rows("load", None, None, loading) if loading else []
+            for tiles in args.tiles:
+                bench.run(tiles, made)
+    if args.json is not None:
+        Path(args.json).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    print(tables.text(made))
+    if args.plot is not None:
+        tables.plot(made, Path(args.plot))
+
+
+def check(args: argparse.Namespace) -> list[Pruner]:
+    """The methods to measure, the whole image first; every ValueError that needs no model is raised here."""
+    preset = TABLE2 if args.preset else {"batch": [1], "tiles": [1] if args.waterfall else [1, 4]}
+    args.batch, args.tiles = args.batch or preset["batch"], args.tiles or preset["tiles"]
+    for name in "layers", "batch", "tiles", "prompt_tokens", "new_tokens", "repeat":
+        value = getattr(args, name)
+        if value is not None and min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, but must be at least 1")
+    if args.model is not None and (args.shape or args.layers):
+        raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
+    if args.preset and args.waterfall:
+        raise ValueError("--preset and --waterfall are two measurements: give one of them")
+    if args.prune is None and (args.waterfall or args.preset and args.keep is not None):
+        args.prune = "trimmed_llama"
+    if args.plot is not None:
+        check_plot(Path(args.plot))
+    for name in "json", "plot":
+        path = getattr(args, name)
+        if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
+            raise ValueError(f"--{name} {path}: not a file in a folder that exists")
+    if args.against is not None:
+        import_transformers()
+    own = parse_pruner(args)
+    kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
+    return [Pruner(), *kept, *([] if own is None or own.keeps_all else [own])]
+
+
+def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subject, Samples]:
+    """The model, and how long loading took where it is a real one."""
+    dtype = parse_dtype(args.dtype)
+    if args.model is not None:
+        folder = find_checkpoint(args.model)
+        config = Config.from_file(folder / "config.json")
+    else:
+        config = SHAPES[args.shape or "tiny"]()
+    for tiles in args.tiles:
+        grid_of(config.vision, tiles)
+    room = pace(args.new_tokens, args.repeat)[3]
+    check_length(args.prompt_tokens, room, config.text.max_position_embeddings)
+    if args.model is not None:
+        say(f"loading {folder.name}")
+        open_model = partial(load_model, folder, device, dtype)
+        samples = in_turns({(WHOLE, EAGER): open_model}, args.repeat, device)      # one model at a time
+        return Subject(open_model().requires_grad_(False), folder.name, config), samples
+    whole, config = config, config if args.layers is None else cut(config, args.layers)
+    say(f"random weights of {args.shape or 'tiny'}")
+    return Subject(random_model(config, device, dtype or torch.bfloat16), args.shape or "tiny", whole), {}
+
+
+def versions(peer: Peer | None) -> dict[str, str | None]:
+    return {"torch": torch.__version__, "transformers": None if peer is None else peer.version,
+            "python": sys.version.split()[0]}
+
+
+def spoken(argv: list[str]) -> str:
+    """The command, without where things lie on this machine."""
+    words = (Path(word).name if Path(word).is_absolute() else word for word in argv)
+    return shlex.join(["python", "benchmark.py", *words])
 
 
 def main():

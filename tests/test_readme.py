@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 READING = re.findall(r"^\| \[`?([\w./]+)`?\]\([\w./]+\) \| (\d+) \|", README, re.M)
 EXAMPLES = re.findall(r"^\| \[?`?(examples/[\w.]+)`?[^|]*\| ([^|]+) \| ([^|]+) \|$", README, re.M)
-ROOMS = "model", "pruning", "weights", "scenes"
+ROOMS = "model", "pruning", "weights", "scenes", "benchmarks"
 SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
 
 
@@ -41,13 +41,15 @@ def test_line_counts(name, lines):
     assert count == int(lines) > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "pruning/README.md", "benchmarks/README.md"])
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\(([^)#]+)", text)
-    targets += re.findall(r"`((?:model|pruning|weights|scenes|tests|examples|results)/[\w./]*)`", text)
+    rooms = "model|pruning|weights|scenes|tests|examples|results|benchmarks"
+    targets = [ROOT / target for target in re.findall(rf"`((?:{rooms})/[\w./]*)`", text)]
+    targets += [(ROOT / page).parent / target for target in re.findall(r"\]\(([^)#]+)", text)
+                if not target.startswith("https://")]
     for target in targets:
-        assert target.startswith("https://") or (ROOT / target).exists(), target
+        assert target.exists(), target
 
 
 def test_at_least_six_examples():
@@ -92,27 +94,28 @@ def test_main_command_answers(monkeypatch, capsys):
 def test_accuracy_is_that_of_the_stored_evaluation():
     figures = json.loads((ROOT / "weights" / "tiny" / "accuracy.json").read_text(encoding="utf-8"))
     expected = {**figures["accuracy_by_kind"], "mean": figures["mean_over_kinds"]}
-    assert rows_of(next(iter(expected))) == [list(expected), [f"{100 * v:.1f}" for v in expected.values()]]
+    assert rows_of(README, next(iter(expected))) == [list(expected), [f"{100 * v:.1f}" for v in expected.values()]]
     assert figures["questions"] == 2000
 
 
-def rows_of(corner: str) -> list[list[str]]:
+def rows_of(page: str, corner: str) -> list[list[str]]:
     """The cells of the table whose upper left one is this."""
-    table = re.search(rf"^\| {corner} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", README, re.M).group(0)
+    table = re.search(rf"^\| {corner} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M).group(0)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [rows[0], *rows[2:]]
 
 
-def test_pruning_table_is_that_of_the_stored_evaluation():
-    (_, *keeps), *lines = rows_of("`--keep`")
-    expected = {}
-    for name, suffix in ("scenes.json", ""), ("scenes_first_layer.json", ", `full_layers=0`"):
-        made = json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
-        assert made["questions"] == 2000
-        for row in made["rows"][1:]:
-            assert bool(row["knobs"]) == bool(suffix)
-            cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
-            expected[row["method"] + suffix, f"{row['keep']:g}"] = cell
+@pytest.mark.parametrize(("page", "name", "corner"), [
+    ("README.md", "scenes.json", "`--keep`"), ("pruning/README.md", "scenes.json", "`--keep`"),
+    ("pruning/README.md", "scenes_first_layer.json", "`full_layers=0`, `--keep`")])
+def test_pruning_tables_are_those_of_the_stored_evaluations(page, name, corner):
+    (_, *keeps), *lines = rows_of((ROOT / page).read_text(encoding="utf-8"), corner)
+    made, expected = json.loads((ROOT / "results" / name).read_text(encoding="utf-8")), {}
+    assert made["questions"] == 2000
+    for row in made["rows"][1:]:
+        assert bool(row["knobs"]) == ("full_layers=0" in corner)
+        cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
+        expected[row["method"], f"{row['keep']:g}"] = cell
     assert len(keeps) >= 6 and len(expected) == len(keeps) * len(lines)
     for method, *cells in lines:
         assert cells == [expected[method, keep] for keep in keeps]
@@ -131,7 +134,8 @@ def test_the_method_in_the_readme_runs(tmp_path, assistant):
 def test_imports_run_one_way():
     rooms = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
     allowed = {"model": {"model"}, "pruning": {"model", "pruning"}, "weights": {"model", "weights"},
-               "scenes": {"model", "weights", "scenes"}, "": rooms - {"evaluate", "benchmark"}}
+               "scenes": {"model", "weights", "scenes"}, "": rooms - {"evaluate", "benchmark"},
+               "benchmarks": {"model", "pruning", "weights", "report", "benchmarks"}}
     for path in SOURCES:
         room = path.parent.relative_to(ROOT).as_posix().strip(".")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
