@@ -7,7 +7,7 @@
 What is compared runs in turns (ours, theirs, ours, theirs, ...) on the same weights and inputs, and counts
 with its median; ratio is theirs / ours: above 1 ours is better. Their outputs are compared too, transformers'
 two deviations corrected for that alone. `--shape` makes random weights, `--layers` a slice. How each part is
-measured: benchmarks/parts.py. The JSON holds all of it; `--report` makes benchmarks/README.md of such files.
+measured: benchmarks/parts.py. The JSON holds all of it; `--report` makes the pages of such files.
 """
 import argparse
 import json
@@ -61,7 +61,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
     add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
     add("--repeat", type=int, default=7, metavar="N", help="rounds, after warm-up; default 7")
-    add("--report", action="store_true", help="write benchmarks/README.md from benchmarks/*.json, no more")
+    add("--report", action="store_true", help="put benchmarks/*.json into the READMEs, no more")
     return parser.parse_args()
 
 
@@ -71,7 +71,7 @@ def numbers(text: str) -> list[int]:
 
 def command(args: argparse.Namespace):
     if args.report:
-        return tables.write_page(FOLDER)
+        return tables.write_pages(FOLDER, FOLDER.parent / "README.md")
     pruners = check(args)
     device = parse_device(args.device)
     subject, loading = make_subject(args, device)

@@ -14,6 +14,8 @@ HEAD = ("part", "tiles", "batch", "method", "ours", "time or size", "theirs", "h
 PAPER = {0.509: {1: -4.1, 4: -7.1, 8: -12.1, 16: -14.2, 32: -19.7},     # per cent of the first token's time:
          0.396: {1: -4.3, 4: -11.4, 8: -14.0, 16: -18.3, 32: -26.0}}    # Table 2 of arXiv 2504.00557
 
+MARKS = "<!-- made by `python benchmark.py --report` -->", "<!-- end -->"       # around the summary
+
 Table = list[list[str]]
 
 
@@ -162,9 +164,50 @@ def read_files(folder: Path) -> dict[str, dict]:
     return files
 
 
-def write_page(folder: Path):
-    """Write README.md into a folder of measurements."""
-    (folder / "README.md").write_text(page(read_files(folder)), encoding="utf-8")
+def summary(files: dict[str, dict]) -> Table:
+    """For the first README: how many times as much transformers takes, a line for each file that says so."""
+    parts = {"encode, 1 tile": ("encode", 1), "2 tiles": ("encode", 2), "4 tiles": ("encode", 4),
+             "first token, 1 tile": ("first_token", 1), "decode": ("decode", 1),
+             "decode, its best": ("decode", 1), "peak memory, 4 tiles": ("peak_memory", 4),
+             "image KV, 1 tile": ("image_kv", 1)}
+    lines = [["transformers / this", *parts]]
+    for _, made in sorted(files.items()):
+        ratios = {}
+        for row in made["rows"]:
+            if row["pruner"] is None and row["batch"] == 1 and row["ratio"] is not None:
+                found = ratios.setdefault((row["component"], row["tiles"]), {})
+                found[row["ours"], row["peer"]] = row["ratio"]
+        if ratios:
+            lines.append([title(made).rpartition(",")[0], *(
+                dash(best(ratios.get(place), own=name.endswith("best")), "{:.2f}".format)
+                for name, place in parts.items())])
+    return lines
+
+
+def best(ratios: dict[tuple[str, str], float] | None, own: bool) -> float | None:
+    """Of our best decoding over transformers' eager one, or over its `own` best."""
+    if ratios is None:
+        return None
+    most: dict[str, float] = {}                         # of each of theirs, beside our best
+    for (_, peer), ratio in ratios.items():
+        most[peer] = max(ratio, most.get(peer, 0.0))
+    return min(most.values()) if own else next(v for peer, v in most.items() if peer.endswith(", eager"))
+
+
+def write_pages(folder: Path, readme: Path):
+    """Write README.md into a folder of measurements, and their summary into the project's."""
+    files = read_files(folder)
+    (folder / "README.md").write_text(page(files), encoding="utf-8")
+    readme.write_text(with_summary(readme.read_text(encoding="utf-8"), files), encoding="utf-8")
+
+
+def with_summary(readme: str, files: dict[str, dict]) -> str:
+    """A page with the summary between its two marks. Raises ValueError where these are not there."""
+    before, opened, rest = readme.partition(MARKS[0])
+    _, closed, after = rest.partition(MARKS[1])
+    if not (opened and closed):
+        raise ValueError(f"README.md: no place for the summary between {MARKS[0]} and {MARKS[1]}")
+    return "\n".join([before + opened, "", *markdown(summary(files)), "", closed + after])
 
 
 # ----- a drawing

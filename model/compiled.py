@@ -12,7 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._inductor import pattern_matcher as patterns
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch._inductor.exc import InductorError
+from torch.fx import Graph
 
 from model.cache import BUCKET, Cache, rounded_up
 from model.image_tokens import ImageKV
@@ -27,7 +30,8 @@ class Compiled:
 
     def __init__(self, decode: Callable[[Tensor, Cache], Tensor], device: torch.device):
         # Rounded to bf16 wherever the plain path is: without this, greedy tokens differ now and then.
-        options = {"emulate_precision_casts": True, "triton.cudagraphs": device.type == "cuda"}
+        options = {"emulate_precision_casts": True, "triton.cudagraphs": device.type == "cuda",
+                   "post_grad_custom_post_pass": WrittenOut() if device.type == "cpu" else None}
         self.bucket = BUCKET if device.type == "cuda" else 1
         self.decode = torch.compile(decode, fullgraph=True, options=options)
         self.buffers: dict[str, Tensor] = {}
@@ -83,3 +87,35 @@ class Compiled:
         buffer[:, :, :held.shape[2]] = held
         buffer[:, :, held.shape[2]:] = 0
         return buffer
+
+
+class WrittenOut(CustomGraphPass):
+    """On a CPU the product of one row [1, D] and a weight is written out as multiply and sum.
+
+    The compiler makes one loop of that, which reads the weight about as fast as memory gives it; the library
+    that is called otherwise takes about twice as long (benchmarks/README.md), and decoding is little else.
+    """
+
+    def __init__(self):
+        self.products = patterns.PatternMatcherPass()
+        product = patterns.CallFunction(torch.ops.aten.mm.default, patterns.Arg(), patterns.Arg())
+        patterns.register_graph_pattern(product, extra_check=one_row, pass_dict=self.products)(write_out)
+
+    def __call__(self, graph: Graph):
+        self.products.apply(graph)
+
+    def uuid(self) -> bytes:
+        """Compiled code is stored, and found again, by this too."""
+        return get_hash_for_files((__file__,))
+
+
+def one_row(match: patterns.Match) -> bool:
+    return match.args[0].meta["val"].shape[0] == 1
+
+
+def write_out(match: patterns.Match, row: Tensor, weight: Tensor):
+    def product(row: Tensor, weight: Tensor) -> Tensor:
+        row = row.as_strided(row.shape, row.stride())       # made once, not anew for each row of the weight
+        return (weight.mT.float() * row.float()).sum(-1)[None].to(row.dtype)
+
+    match.replace_by_example(product, [row, weight])

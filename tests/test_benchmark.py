@@ -313,9 +313,10 @@ def test_the_real_transformers(subject):
 # ----- the page, the drawing
 
 
-def test_the_committed_page_is_that_of_the_committed_figures():
-    folder = ROOT / "benchmarks"
-    assert (folder / "README.md").read_text(encoding="utf-8") == tables.page(tables.read_files(folder))
+def test_the_committed_pages_are_those_of_the_committed_figures():
+    files, readme = tables.read_files(ROOT / "benchmarks"), (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8") == tables.page(files)
+    assert tables.with_summary(readme, files) == readme
 
 
 def test_a_page_without_figures_says_so():
@@ -324,7 +325,15 @@ def test_a_page_without_figures_says_so():
 
 def test_the_page_has_every_figure(run, tmp_path):
     out, made = run("--tiles", "2", "--against", "transformers")
-    tables.write_page(tmp_path)
+    opened, closed = tables.MARKS
+    (tmp_path / "first.md").write_text(f"before {opened} old {closed} after\n", encoding="utf-8")
+    tables.write_pages(tmp_path, tmp_path / "first.md")
+    first = (tmp_path / "first.md").read_text(encoding="utf-8")
+    assert first.startswith(f"before {opened}\n\n|") and first.endswith(f"|\n\n{closed} after\n")
+    encode = next(row for row in made["rows"] if (row["component"], row["tiles"]) == ("encode", 2))
+    name, *cells = tables.summary(tables.read_files(tmp_path))[1]
+    assert name == "tiny, 5 decoder layers, bfloat16" and cells[0] == cells[7] == "-"
+    assert cells[1] == f"{encode['ratio']:.2f}" and "old" not in first and name in first
     page = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert "## tiny, 5 decoder layers, bfloat16, cpu" in page and made["command"] in page
     for row in made["rows"]:
@@ -334,10 +343,15 @@ def test_the_page_has_every_figure(run, tmp_path):
 
 
 def test_report_writes_the_page(monkeypatch, tmp_path):
-    monkeypatch.setattr(benchmark, "FOLDER", tmp_path)
+    (folder := tmp_path / "benchmarks").mkdir()
+    (tmp_path / "README.md").write_text("".join(tables.MARKS), encoding="utf-8")
+    monkeypatch.setattr(benchmark, "FOLDER", folder)
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--report"])
     benchmark.main()
-    assert (tmp_path / "README.md").read_text(encoding="utf-8") == tables.page({})
+    assert (folder / "README.md").read_text(encoding="utf-8") == tables.page({})
+    assert (tmp_path / "README.md").read_text(encoding="utf-8").count("|") == 20
+    with pytest.raises(ValueError, match="no place for the summary"):
+        tables.with_summary("nothing", {})
     (tmp_path / "other.json").write_text("[]", encoding="utf-8")
     with pytest.raises(ValueError, match="other.json: not written by"):
         tables.read_files(tmp_path)

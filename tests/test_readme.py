@@ -41,7 +41,10 @@ def test_line_counts(name, lines):
     assert count == int(lines) > 0
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "pruning/README.md", "benchmarks/README.md"])
+PAGES = "README.md", "CONTRIBUTING.md", "pruning/README.md", "benchmarks/README.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text(encoding="utf-8")
     rooms = "model|pruning|weights|scenes|tests|examples|results|benchmarks"
@@ -94,7 +97,8 @@ def test_main_command_answers(monkeypatch, capsys):
 def test_accuracy_is_that_of_the_stored_evaluation():
     figures = json.loads((ROOT / "weights" / "tiny" / "accuracy.json").read_text(encoding="utf-8"))
     expected = {**figures["accuracy_by_kind"], "mean": figures["mean_over_kinds"]}
-    assert rows_of(README, next(iter(expected))) == [list(expected), [f"{100 * v:.1f}" for v in expected.values()]]
+    shares = [f"{100 * share:.1f}" for share in expected.values()]
+    assert rows_of(README, next(iter(expected))) == [list(expected), shares]
     assert figures["questions"] == 2000
 
 
