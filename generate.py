@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor
 
 from model.cache import Cache
-from model.compiled import Compiled
 from model.image import ImageProcessor, open_picture
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
@@ -117,7 +116,10 @@ class Assistant:
         self.model = load_model(folder, device, dtype)
         self.prompter = Prompter.from_folder(folder, self.model.config)
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
-        self.decode = Compiled(self.model.decode, device) if compile else self.model.decode
+        self.decode = self.model.decode
+        if compile:         # imported here, for a compiler takes seconds to import
+            from model.compiled import Compiled
+            self.decode = Compiled(self.model.decode, device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
     def look(self, pictures: list[Image.Image], pruner: Pruner | None = None) -> Picture:

@@ -29,7 +29,7 @@ class Compiled:
     """
 
     def __init__(self, decode: Callable[[Tensor, Cache], Tensor], device: torch.device):
-        # Rounded to bf16 wherever the plain path is: without this, greedy tokens differ now and then.
+        # Rounded to bf16 wherever the plain path is, or greedy tokens would not stay the same.
         options = {"emulate_precision_casts": True, "triton.cudagraphs": device.type == "cuda",
                    "post_grad_custom_post_pass": WrittenOut() if device.type == "cpu" else None}
         self.bucket = BUCKET if device.type == "cuda" else 1

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor.utils import run_and_get_code
 
 from evaluate import exam
 from generate import Assistant, Picture, generate
 from model.cache import BUCKET, Cache
-from model.compiled import Compiled
+from model.compiled import Compiled, WrittenOut
 from model.prompt import messages
 from model.sampler import Arriving, one_ahead
 from pruning import METHODS, Pruner, load
@@ -132,6 +133,18 @@ def test_buffers_are_used_again_but_not_while_they_are_in_use(plain, scenes):
         assert held.key[~held.mask].eq(0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_products_of_one_row_are_written_out(dtype):
+    """And only those: for several rows a library is better."""
+    linear = torch.nn.Linear(96, 80, bias=False).to(dtype).requires_grad_(False)
+    options = {"post_grad_custom_post_pass": WrittenOut()}
+    for rows, called in (1, False), (2, True):
+        x = torch.randn(rows, 1, 96).to(dtype)
+        result, code = run_and_get_code(torch.compile(linear, options=options, dynamic=False), x)
+        assert ("extern_kernels" in "".join(code).partition("def call")[2]) is called
+        torch.testing.assert_close(result, linear(x))
+
+
 def test_a_step_may_change_what_is_held(plain, compiled, scenes):
     """Moment 4 between compiled steps: half of the tokens go after each of the first four."""
     class Halving(Pruner):
@@ -185,6 +198,11 @@ def test_command_line(tmp_path):
     done = run("--prompt", "What is written on the circle?", "--compile", "--json")
     data = json.loads(done.stdout)
     assert data["answer"] == "Y" and data["ms"]["compile"] > 0 and done.stderr.startswith("compiled in ")
+
+
+def test_who_does_not_compile_imports_no_compiler():
+    code = "import sys, generate; sys.exit('torch._inductor.pattern_matcher' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_no_compiler_is_one_line(tmp_path):

@@ -14,7 +14,8 @@ from pruning import load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-READING = re.findall(r"^\| \[`?([\w./]+)`?\]\([\w./]+\) \| (\d+) \|", README, re.M)
+ROWS = re.findall(r"^\| ((?:\[[\w./]+\]\([\w./]+\),? ?)+) \| (\d+) \|", README, re.M)
+READING = [(tuple(re.findall(r"\]\(([\w./]+)\)", cell)), lines) for cell, lines in ROWS]
 EXAMPLES = re.findall(r"^\| \[?`?(examples/[\w.]+)`?[^|]*\| ([^|]+) \| ([^|]+) \|$", README, re.M)
 ROOMS = "model", "pruning", "weights", "scenes", "benchmarks"
 SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
@@ -24,20 +25,20 @@ def test_readme_is_at_most_200_lines():
     assert len(README.splitlines()) <= 200
 
 
-def files_of(name: str) -> list[Path]:
-    """The files of a row of the reading table: one, or those of a folder."""
-    return [path for path in SOURCES if path.name != "__init__.py" and name in (
-        path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix() + "/")]
+def files_of(names: tuple[str, ...]) -> list[Path]:
+    """The files of a row of the reading table: those that it names, by name or by folder."""
+    return [path for path in SOURCES if path.name != "__init__.py" and {
+        path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix() + "/"} & {*names}]
 
 
 def test_reading_table_names_every_file():
-    named = [path for name, _ in READING for path in files_of(name)]
+    named = [path for names, _ in READING for path in files_of(names)]
     assert sorted(named) == sorted(path for path in SOURCES if path.name != "__init__.py")
 
 
-@pytest.mark.parametrize(("name", "lines"), READING)
-def test_line_counts(name, lines):
-    count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files_of(name))
+@pytest.mark.parametrize(("names", "lines"), READING)
+def test_line_counts(names, lines):
+    count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files_of(names))
     assert count == int(lines) > 0
 
 
