@@ -115,7 +115,7 @@ def test_decoding_is_cut_into_pieces(tokens, repeat, expected):
 def test_peak_is_what_a_job_adds_and_lets_go():
     peak = measure.peak_added(lambda: torch.ones(2 ** 24), CPU)                         # 64 MiB
     assert (peak is None) == (not measure.knows_peak())
-    assert peak is None or 2 ** 26 <= peak < 2 ** 27
+    assert peak is None or 2 ** 26 - 2 ** 20 <= peak < 2 ** 27       # the system counts in batches of pages
 
 
 def test_the_machine_has_no_name_of_its_own():
