@@ -24,7 +24,7 @@ from scenes.draw import draw
 
 ROOT = Path(__file__).parent.parent
 KEEPS = 0.05, 0.5
-PICTURES = 12               # of all eight ratios, with three questions each
+PICTURES = 8                # of all eight ratios, with three questions each
 
 
 @pytest.fixture(scope="module")
