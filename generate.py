@@ -25,14 +25,14 @@ from torch import Tensor
 
 from model.cache import Cache
 from model.image import ImageProcessor, open_picture
-from model.image_tokens import ImageTokens
+from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
 from model.prompt import Prompter, Stream, check_length, messages
 from model.sampler import GREEDY, Arriving, Sampler, one_ahead
-from pruning import Pruner, catalogue, load, parse_knob, parse_number
+from pruning import Prompts, Pruner, catalogue, load, parse_knob, parse_number
 from pruning.picture import attention_map, kept_map
 from pruning.recorder import Recorder
-from report import Answer, Picture, as_json, fail, say, say_cost, say_model, write
+from report import Answer, Clock, Picture, as_json, fail, say, say_cost, say_model, write
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -57,13 +57,28 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     if pruner is None or pruner.keeps_all or image is None:
         pruner = Pruner()                                                       # bit for bit the whole model
 
-    clock, branches, decode = Clock(device), 1, decode or model.decode
+    clock, rows, branches, decode = Clock(device), [*range(len(prompts))], 1, decode or model.decode
+    layers = len(model.language_model.cross_layers)
+    answer = Answer([[] for _ in prompts], seen, [[0.0] * layers for _ in prompts])
     if image is not None:
-        image = pruner.encoded(image, prompts)                                  # moment 1
+        question = model.question(input_ids, lengths) if "question" in pruner.needs else None
+        image = pruner.encoded(image, Prompts(prompts, max_new_tokens, stop_ids, question))     # moment 1
         branches = len(image.features) // len(prompts)
+        if early := pruner.answered():
+            for row, token in ((row, token) for row, said in early.items() for token in said):
+                answer.tokens[row].append(token)
+                emit(row, token)
+            rows = [row for row in rows if row not in early]
+            image, input_ids, lengths = image.rows(rows), input_ids[rows], [lengths[row] for row in rows]
+            answer.early = sorted(early)
+    if not rows:
+        answer.ms["prefill"] = clock.lap()
+        return answer
     input_ids, lengths = input_ids.repeat(branches, 1), lengths * branches
-    logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens, pruner)        # 2 and 3
-    answer = Answer([[] for _ in prompts], {"prefill": clock.lap()}, seen, cache.kept()[:len(prompts)])
+    logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens, pruner)            # 2 and 3
+    answer.ms["prefill"] = clock.lap()
+    for row, kept in zip(rows, cache.kept(), strict=False):             # those of the first branch
+        answer.kept[row] = kept
 
     def steps(logits: Tensor) -> Iterator[Arriving]:
         for step in range(max_new_tokens):
@@ -72,11 +87,12 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
             if step + 1 < max_new_tokens:
                 logits = decode(tokens.repeat(branches), cache)     # ended rows run along, unheard
                 cache.hold(pruner.stepped(step, cache.queries, cache.images))   # 4
+                cache.hold_texts(pruner.text_cache(step, cache.texts()))
 
-    running = set(range(len(prompts)))
+    running = set(rows)
     for step, tokens in enumerate(one_ahead(steps(logits)) if device.type == "cuda" else steps(logits)):
         answer.decoded += len(running) if step else 0
-        for row, token in enumerate(tokens.read()):
+        for row, token in zip(rows, tokens.read(), strict=True):
             if row in running and token in stop_ids:
                 running.remove(row)
             elif row in running:
@@ -86,21 +102,8 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
             break
     answer.ms["decode"] = clock.lap()
     answer.image_kv_bytes, answer.text_kv_bytes = cache.image_bytes(), cache.text_bytes()
+    answer.image_kv_stored = kv_bytes(cache.images + pruner.whole)
     return answer
-
-
-class Clock:
-    """Milliseconds between laps, with the device's queue drained."""
-
-    def __init__(self, device: torch.device):
-        self.cuda, self.last = device.type == "cuda", time.perf_counter()
-
-    def lap(self) -> float:
-        if self.cuda:
-            torch.cuda.synchronize()
-        now, before = time.perf_counter(), self.last
-        self.last = now
-        return (now - before) * 1000
 
 
 class Assistant:
@@ -125,10 +128,11 @@ class Assistant:
     def look(self, pictures: list[Image.Image], pruner: Pruner | None = None) -> Picture:
         """Encode RGB pictures, once for any number of questions; the pruner may shrink them first."""
         whole = self.processor(pictures)
-        tiles = whole if pruner is None or pruner.keeps_all else pruner.pictures(pictures, self.processor)
-        clock = Clock(self.model.lm_head.weight.device)                         # moment 0 is before this line
+        pruner = Pruner() if pruner is None or pruner.keeps_all else pruner
+        tiles = pruner.pictures(pictures, self.processor)                       # moment 0
+        clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
-            tokens = self.model.encode([tiles])
+            tokens = self.model.encode([tiles], "vision" in pruner.needs)
         real = self.model.image_tokens(whole.grid.tolist())
         slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
         return Picture(tiles, tokens, clock.lap(), slots, real)
@@ -142,9 +146,8 @@ class Assistant:
         A pruner works on the picture anew each time: what one question leaves out, the next may need.
         """
         prompts = [self.prompter.encode(conversation, date) for conversation in conversations]
-        image = None if picture.tokens is None else picture.tokens.expand(len(prompts))
-        answer = generate(self.model, prompts, image, max_new_tokens, self.prompter.stop_ids, sampler, emit,
-                          pruner, self.decode)
+        answer = generate(self.model, prompts, picture.expand(len(prompts)), max_new_tokens,
+                          self.prompter.stop_ids, sampler, emit, pruner, self.decode)
         answer.ms = {**self.ms, "encode": picture.ms, **answer.ms}
         return answer
 
@@ -152,9 +155,8 @@ class Assistant:
         """Compile what answers of so many rows about this picture need; no answer waits for it then."""
         question = messages("?", len(picture.tiles) if picture.tokens is not None else 0)
         clock = Clock(self.model.lm_head.weight.device)
-        prompt = self.prompter.encode(question)
-        image = None if picture.tokens is None else picture.tokens.expand(rows)
-        generate(self.model, [prompt] * rows, image, WARM_UP_TOKENS, (), decode=self.decode)
+        prompts = [self.prompter.encode(question)] * rows
+        generate(self.model, prompts, picture.expand(rows), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()
 
 

@@ -4,7 +4,8 @@
 words. `pruner` is what describes one, None where none was asked for. stdout belongs to answers alone.
 """
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 
 import torch
 
@@ -21,22 +22,49 @@ class Picture:
     slots: int                                  # image tokens of all tiles, used or not
     real: int                                   # those of the tiles that the pictures fill
 
+    def expand(self, batch: int) -> ImageTokens | None:
+        """Its tokens for every row of a batch."""
+        return None if self.tokens is None else self.tokens.expand(batch)
+
 
 @dataclass
 class Answer:
     """What `generate` leaves: the new tokens of each row, and what they cost."""
     tokens: list[list[int]]                     # without the stop token
-    ms: dict[str, float]                        # milliseconds of each part
     seen: list[int]                             # image tokens that each row's new text could have seen
     kept: list[list[float]]                     # those it did see, of each row, per cross-attention layer
+    ms: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})   # of each part
     decoded: int = 0                            # tokens that decoding made, stop tokens among them
-    image_kv_bytes: int = 0
+    early: list[int] = field(default_factory=list)          # rows that a smaller model answered
+    image_kv_bytes: int = 0                     # that decoding reads
+    image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step
     text_kv_bytes: int = 0
 
     @property
     def tokens_per_second(self) -> float:
         """Of decoding, all rows together; 0 where every answer ended with its first token."""
         return self.decoded / self.ms["decode"] * 1000 if self.decoded else 0.0
+
+
+def drain(device: torch.device):
+    """Wait until the device has done everything that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
+class Clock:
+    """Milliseconds between laps, with the device's queue drained."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.last = device, time.perf_counter()
+
+    def lap(self) -> float:
+        drain(self.device)
+        now, before = time.perf_counter(), self.last
+        self.last = now
+        return (now - before) * 1000
 
 
 def as_json(model: str, texts: list[str], answer: Answer, picture: Picture, pruner: str | None) -> dict:

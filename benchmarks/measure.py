@@ -17,19 +17,13 @@ from pathlib import Path
 
 import torch
 
+from report import drain
+
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far beyond any cache
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}             # of the square matrices
 CEILING_RUNS = 7
 
 Job = Callable[[], object]
-
-
-def drain(device: torch.device):
-    """Wait until the device has done everything that it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif device.type == "mps":
-        torch.mps.synchronize()
 
 
 def timed(job: Job, device: torch.device) -> float:

@@ -15,12 +15,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import timed
-from model.cache import Cache
+from model.cache import Cache, TextKV
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.image import Grid, ImageProcessor, Tiles
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
-from pruning import Pruner
+from pruning import Prompts, Pruner
 from weights import find_checkpoint
 
 ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
@@ -141,7 +141,7 @@ class Subject:
         """The linear layers that a decoded token goes through: not those that read the image in prefill."""
         decoder = self.model.language_model
         return [module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
-                and not re.search(r"cross_attn\.(k|v|kv)_proj$", name)] + [self.model.lm_head]
+                and not re.search(r"cross_attn\.(k|v)_proj$", name)] + [self.model.lm_head]
 
     def linears_alone(self, batch: int, times: int) -> tuple[Callable[[], None], int]:
         """A job: each of `linears` on one row of input for each batch row, so many times over; and the bytes
@@ -161,7 +161,8 @@ class Subject:
 
     def read(self, ids: Tensor, image: ImageTokens, room: int, pruner: Pruner) -> tuple[Tensor, Cache]:
         """Prefill of prompts [B, T] about one picture, with the pruner's moments 1 to 3: logits and cache."""
-        image = pruner.encoded(image.expand(len(ids)), ids.tolist())
+        question = self.model.question(ids, [ids.shape[1]] * len(ids)) if "question" in pruner.needs else None
+        image = pruner.encoded(image.expand(len(ids)), Prompts(ids.tolist(), room, (), question))
         ids = ids.repeat(len(image.features) // len(ids), 1)                            # branches
         return self.model.prefill(ids, [ids.shape[1]] * len(ids), image, room, pruner)
 
@@ -186,6 +187,7 @@ class Greedy:
             logits = self.decode(self.tokens, self.cache)
             if self.pruner is not None:
                 self.cache.hold(self.pruner.stepped(self.step, self.cache.queries, self.cache.images))
+                self.cache.hold_texts(self.pruner.text_cache(self.step, self.cache.texts()))
             self.tokens = self._pick(logits)        # at once: a CUDA graph writes over its logits
             self.step += 1
 
@@ -204,19 +206,32 @@ def grid_of(vision: VisionConfig, count: int) -> Grid:
 
 
 class Timed(Pruner):
-    """Does what the pruner inside does, and adds up the milliseconds of its moments 1 to 3 in `ms`."""
+    """Does what the pruner inside does, and adds up the milliseconds of its moments in `ms`."""
 
     def __init__(self, inner: Pruner, device: torch.device):
         self.inner, self.device, self.keep, self.ms = inner, device, inner.keep, 0.0
+        self.needs = inner.needs
 
-    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
         return self._add(lambda: self.inner.encoded(image, prompts))
+
+    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
+        self._add(lambda: self.inner.text_layer(i, q, key, lengths))
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         return self._add(lambda: self.inner.layer(i, queries, image, kv))
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
         return self._add(lambda: self.inner.prefilled(kvs))
+
+    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
+        return self._add(lambda: self.inner.stepped(step, queries, kvs))
+
+    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
+        return self._add(lambda: self.inner.text_cache(step, texts))
+
+    def logits(self, logits: Tensor) -> Tensor:
+        return self._add(lambda: self.inner.logits(logits))
 
     def _add(self, moment: Callable):
         result = []

@@ -21,10 +21,19 @@ def rounded_up(tokens: int, bucket: int = BUCKET) -> int:
 
 
 @dataclass
+class TextKV:
+    """Keys and values of one self-attention layer; in a batch row the first of its `lengths` are filled."""
+    key: Tensor                     # [B, G, capacity, d] rotated
+    value: Tensor                   # [B, G, capacity, d]
+    lengths: Tensor                 # [B]
+
+
+@dataclass
 class Cache:
     keys: list[Tensor]              # per self-attention layer [B, G, capacity, d], allocated once
     values: list[Tensor]
-    positions: Tensor               # [B] tokens held for each batch row, which is where the next one goes
+    positions: Tensor               # [B] tokens read of each batch row: the next one's place in the text
+    filled: Tensor                  # [B] of these held, fewer where some were let go: its slot
     frequencies: Tensor             # [d/2] of the rotation, from `rotary_frequencies`
     images: list[ImageKV] = field(default_factory=list)     # per cross-attention layer; none: nobody sees any
     rows: Tensor | None = None      # [B, 1, 1] True where generated tokens see an image; None = everywhere
@@ -32,8 +41,19 @@ class Cache:
 
     def text_mask(self) -> Tensor:
         """[B, 1, 1, capacity] True where the next token, once entered, may look."""
-        slots = torch.arange(self.keys[0].shape[2], device=self.positions.device)
-        return (slots <= self.positions[:, None])[:, None, None]
+        slots = torch.arange(self.keys[0].shape[2], device=self.filled.device)
+        return (slots <= self.filled[:, None])[:, None, None]
+
+    def texts(self) -> list["TextKV"]:
+        """What is held of the text, per self-attention layer: the tensors themselves, without a copy."""
+        return [TextKV(*layer, self.filled) for layer in zip(self.keys, self.values, strict=True)]
+
+    def hold_texts(self, texts: list["TextKV"]):
+        """Decode with these from now on: fewer entries of each batch row, the same number in all layers."""
+        if texts and texts[0].key is not self.keys[0]:
+            for key, value, text in zip(self.keys, self.values, texts, strict=True):
+                key[:, :, :text.key.shape[2]], value[:, :, :text.value.shape[2]] = text.key, text.value
+            self.filled.copy_(texts[0].lengths)
 
     def hold(self, kvs: list[ImageKV]):
         """Decode with these from now on; tokens that are masked everywhere are let go."""

@@ -57,6 +57,7 @@ class Compiled:
             for name, texts in ("keys", cache.keys), ("values", cache.values):
                 texts[:] = [self._buffer(f"{name} {i}", text, text.shape[2]) for i, text in enumerate(texts)]
             cache.positions = self._buffer("positions", cache.positions)
+            cache.filled = self._buffer("filled", cache.filled)
             everywhere = torch.ones_like(cache.positions, dtype=torch.bool)[:, None, None]
             cache.rows = self._buffer("rows", everywhere if cache.rows is None else cache.rows)
         for i, kv in enumerate(cache.images):
@@ -67,9 +68,10 @@ class Compiled:
         shape = kv.key.shape[:3]
         mask = kv.key.new_ones(shape, dtype=torch.bool) if kv.mask is None else kv.mask.expand(shape)
         place = torch.nn.functional.pad(kv.place, (0, 0, 0, length - shape[2]), value=-1)
+        bias = None if kv.bias is None else self._buffer(f"image bias {layer}", kv.bias.expand(shape), length)
         return ImageKV(self._buffer(f"image keys {layer}", kv.key, length),
                        self._buffer(f"image values {layer}", kv.value, length), place,
-                       self._buffer(f"image mask {layer}", mask, length))
+                       self._buffer(f"image mask {layer}", mask, length), bias)
 
     def _buffer(self, name: str, held: Tensor, length: int | None = None) -> Tensor:
         """`held` [B, ...] or [B, G, N, ...] copied to where it will stand, with N rounded up to `length`."""

@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from model.cache import Cache, rounded_up
+from model.cache import Cache, TextKV, rounded_up
 from model.config import EXTRA_EMBEDDINGS, TextConfig
 from model.image_tokens import ImageKV, ImageTokens, Queries, Sight, sight
 from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequencies, rotate, split_heads
@@ -19,10 +19,14 @@ from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequenc
 class Moments(Protocol):
     """What reading a prompt calls of a pruner: the second and third of the moments in `pruning/pruner.py`."""
 
+    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor) -> None: ...
+
     def layer(self, i: int, queries: Queries, image: ImageTokens,
               kv: ImageKV) -> tuple[ImageTokens, ImageKV]: ...
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]: ...
+
+    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]: ...
 
 
 class Decoder(nn.Module):
@@ -46,13 +50,13 @@ class Decoder(nn.Module):
         shape = len(lengths), c.num_key_value_heads, rounded_up(capacity), c.head_dim
         depth = sum(isinstance(layer, SelfAttentionLayer) for layer in self.layers)
         keys, values = ([like.new_zeros(shape) for _ in range(depth)] for _ in range(2))
-        return Cache(keys, values, torch.tensor(lengths, device=like.device),
-                     rotary_frequencies(c, like.device))
+        positions = torch.tensor(lengths, device=like.device)
+        return Cache(keys, values, positions, positions.clone(), rotary_frequencies(c, like.device))
 
-    def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor,
+    def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor | None,
                 cache: Cache | None = None, pruner: Moments | None = None) -> Tensor:
         """A whole sequence [B, T] -> hidden states [B, T, D] after the last norm; fills `cache` where one
-        is given. `seen` [B, T, 2] are the images that each row sees; `pruner` needs a cache.
+        is given. `seen` [B, T, 2] are the images that each row sees, if any; `pruner` needs a cache.
 
         Shorter rows are padded on the right: what stands there is never seen by the tokens before it.
         """
@@ -64,7 +68,9 @@ class Decoder(nn.Module):
         depth = 0
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
-                x, k, v = layer(x, angles)
+                x, q, k, v = layer(x, angles)
+                if gaze is not None and pruner is not None:
+                    pruner.text_layer(depth, q, k, cache.positions)
                 if cache is not None:
                     cache.keys[depth][:, :, :k.shape[2]] = k
                     cache.values[depth][:, :, :v.shape[2]] = v
@@ -77,16 +83,18 @@ class Decoder(nn.Module):
         """One more token for each row [B] -> hidden states [B, 1, D]; `cache` grows by one."""
         x = self.embed_tokens(tokens[:, None])
         angles, mask = rotary_angles(cache.positions[:, None], cache.frequencies), cache.text_mask()
+        slots = torch.arange(len(tokens), device=x.device), cache.filled
         texts, images = iter(zip(cache.keys, cache.values, strict=True)), iter(cache.images)
         cache.queries = []
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
-                x = layer.step(x, angles, *next(texts), cache.positions, mask)
+                x = layer.step(x, angles, *next(texts), slots, mask)
             elif cache.images:
                 q, kv = layer.queries(x), next(images)
                 cache.queries.append(q)
-                x = layer(x, q, kv, cache.rows, None if kv.mask is None else kv.mask[:, :, None])
+                x = layer(x, q, kv, cache.rows, kv.scores_mask())
         cache.positions += 1
+        cache.filled += 1
         return self.norm(x)
 
     def flops(self, tokens: int, past: int, image_tokens: int, project_image: bool) -> int:
@@ -118,7 +126,7 @@ class Gaze:
         blind, x = x[:, :self.seeing.start], x[:, self.seeing.start:]
         q, kv, mask = layer.queries(x), layer.cross_attn.keys_values(self.image), self.mask
         if self.pruner is not None:
-            image, used = self.pruner.layer(self.ordinal, self._asked(q), self.image, kv)
+            image, used = self.pruner.layer(self.ordinal, self._asked(layer, q, x), self.image, kv)
             if used is not kv:
                 kv, mask = used, self.seeing.mask(used)
             if image is not self.image:                 # what the next layers make their keys and values of
@@ -129,11 +137,12 @@ class Gaze:
         x = layer(x, q, kv, self.seeing.rows, mask)
         return torch.cat((blind, x), dim=1) if self.seeing.start else x
 
-    def _asked(self, q: Tensor) -> Queries:
+    def _asked(self, layer: "CrossAttentionLayer", q: Tensor, x: Tensor) -> Queries:
         """Padding on the right of shorter prompts asks nothing."""
         seen, start = self.seeing.seen, self.seeing.start
         real = torch.arange(start, start + seen.shape[1], device=seen.device) < self.cache.positions[:, None]
-        return Queries(q, seen * real[..., None])
+        return Queries(q, seen * real[..., None], x, layer.cross_attn_attn_gate.tanh(),
+                       layer.cross_attn.o_proj.weight)
 
 
 class SelfAttentionLayer(nn.Module):
@@ -144,18 +153,19 @@ class SelfAttentionLayer(nn.Module):
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = SwiGLU(c)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Causal over x [B, T, D]; returns the new x and its keys and values [B, G, T, d]."""
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Causal over x [B, T, D]; returns the new x, queries [B, H, T, d], keys and values [B, G, T, d]."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
         x = x + self.self_attn.o_proj(attend(q, k, v, causal=True))
-        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+        return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
-    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor, slots: Tensor,
-             mask: Tensor) -> Tensor:
-        """One token x [B, 1, D] over the cache [B, G, capacity, d], which it enters first at `slots` [B]."""
+    def step(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
+             slots: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
+        """One token x [B, 1, D] over the cache [B, G, capacity, d], which it enters first: at slot `slots[1]`
+        of batch row `slots[0]`."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
-        row = torch.arange(len(slots), device=slots.device)
-        keys[row, :, slots], values[row, :, slots] = k[:, :, 0], v[:, :, 0]
+        row, slot = slots
+        keys[row, :, slot], values[row, :, slot] = k[:, :, 0], v[:, :, 0]
         x = x + self.self_attn.o_proj(attend(q, keys, values, mask))
         return x + self.mlp(self.post_attention_layernorm(x))
 

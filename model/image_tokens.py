@@ -11,6 +11,26 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from model.image import Tiles
+
+
+@dataclass
+class Vision:
+    """What the vision encoder knows of image tokens; kept for pruners that ask for it. Zeros where a row has
+    fewer tokens."""
+    tiles: list[Tiles | None]       # of each batch row, as the encoder read them
+    features: Tensor                # [B, N, F] what the projector reads: the final state, then the taps
+    entering: Tensor                # [B, N, E] what entered the last global layer, ...
+    leaving: Tensor                 # [B, N, E] ... and what its MLP was given: that after attention, normed
+
+    def expand(self, batch: int) -> "Vision":
+        states = (state.expand(batch, -1, -1) for state in (self.features, self.entering, self.leaving))
+        return Vision(self.tiles * batch, *states)
+
+    def rows(self, which: list[int]) -> "Vision":
+        return Vision([self.tiles[row] for row in which], self.features[which], self.entering[which],
+                      self.leaving[which])
+
 
 @dataclass
 class ImageTokens:
@@ -18,11 +38,19 @@ class ImageTokens:
     features: Tensor                # [B, N, D] after the projector; zeros where a row has fewer
     place: Tensor                   # [B, N, 4] image, tile, row, column; a class token has row and column -1
     mask: Tensor | None = None      # [B, N] True where there is a token; None = everywhere
+    vision: Vision | None = None    # only of the tokens as they were encoded, and only where asked for
+
+    def rows(self, which: list[int]) -> "ImageTokens":
+        """Some batch rows, in this order; [0, 0] for one image and two prompts."""
+        return ImageTokens(self.features[which], self.place[which],
+                           None if self.mask is None else self.mask[which],
+                           None if self.vision is None else self.vision.rows(which))
 
     def expand(self, batch: int) -> "ImageTokens":
         """The same image for every row of a batch, without a copy."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)
-        return ImageTokens(self.features.expand(batch, -1, -1), self.place.expand(batch, -1, -1), mask)
+        return ImageTokens(self.features.expand(batch, -1, -1), self.place.expand(batch, -1, -1), mask,
+                           None if self.vision is None else self.vision.expand(batch))
 
     def take(self, kept: Tensor) -> "ImageTokens":
         """The tokens where `kept` [B, N] is True, in their order; itself where that is all of them.
@@ -44,6 +72,7 @@ class ImageKV:
     value: Tensor                   # [B, G, N, d]
     place: Tensor                   # [B, K, N, 4] as in ImageTokens
     mask: Tensor | None = None      # [B, K, N] True where there is a token; None = everywhere
+    bias: Tensor | None = None      # [B, K, N] fp32, added to the scores in decoding; None = nothing
 
     def take(self, kept: Tensor) -> "ImageKV":
         """The tokens where `kept` is True, in their order; itself where that is all of them.
@@ -58,7 +87,17 @@ class ImageKV:
         row = torch.arange(len(order), device=order.device)[:, None, None]
         head = torch.arange(self.key.shape[1], device=order.device)[:, None]
         place = self.place.expand(-1, order.shape[1], -1, -1).take_along_dim(order[..., None], 2)
-        return ImageKV(self.key[row, head, order], self.value[row, head, order], place, mask)
+        bias = None if self.bias is None else self.bias.expand(order.shape[:2] + self.bias.shape[2:]
+                                                               ).take_along_dim(order, 2)
+        return ImageKV(self.key[row, head, order], self.value[row, head, order], place, mask, bias)
+
+    def scores_mask(self) -> Tensor | None:
+        """For the one text row of a decode step, [B, K, 1, N]: where it may look, or what is added to its
+        scores."""
+        if self.bias is None:
+            return None if self.mask is None else self.mask[:, :, None]
+        bias = self.bias if self.mask is None else self.bias.masked_fill(~self.mask, -torch.inf)
+        return bias[:, :, None].to(self.key.dtype)
 
     def counts(self) -> Tensor:
         """Tokens held for each batch row [B] fp32, a mean over key/value heads."""
@@ -78,6 +117,11 @@ class ImageKV:
         kv = self.take(self.mask)
         mask = kv.mask if rows is None or kv.mask is None else kv.mask | ~rows
         return replace(kv, mask=None if mask is None or mask.all() else mask)
+
+
+def kv_bytes(kvs: list[ImageKV]) -> int:
+    """What they take, where several share a tensor only once."""
+    return sum({t.data_ptr(): t.nbytes for kv in kvs for t in (kv.key, kv.value)}.values())
 
 
 def each_image(tokens: ImageTokens | ImageKV) -> Iterator[Tensor]:
@@ -125,6 +169,9 @@ class Queries:
     """What text asks of the image at one cross-attention layer, from the first row that sees one."""
     q: Tensor                       # [B, H, T, d] normalised, not yet scaled by d ** -0.5
     seen: Tensor                    # [B, T, 2] first image a row sees, last + 1; equal: none, or padding
+    x: Tensor | None = None         # [B, T, D] the hidden states that enter the layer
+    gate: Tensor | None = None      # [1] tanh of the gate of its attention
+    o_proj: Tensor | None = None    # [D, H·d] what the heads' outputs are multiplied by before the gate
 
 
 @dataclass

@@ -16,7 +16,7 @@ from model.cache import Cache
 from model.config import Config
 from model.decoder import CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
 from model.image import Tiles
-from model.image_tokens import ImageTokens, visible
+from model.image_tokens import ImageTokens, Vision, visible
 from model.prompt import visible_images
 from model.vision import VisionEncoder
 
@@ -46,34 +46,41 @@ class LlamaVision(nn.Module):
         """The states [B, T, D] that `lm_head` turns into logits: for a loss on some positions only."""
         return self.language_model(input_ids, image, self._seen(input_ids, image))
 
-    def encode(self, tiles: list[Tiles | None]) -> ImageTokens | None:
-        """The images of each batch row -> their tokens, real tiles only; None where no row has an image."""
+    def encode(self, tiles: list[Tiles | None], vision: bool = False) -> ImageTokens | None:
+        """The images of each batch row -> their tokens, real tiles only; None where no row has an image.
+
+        With `vision`, what the encoder knows of them is kept as well.
+        """
         held = [row for row in tiles if row is not None]
         if not sum(map(len, held)):
             return None
-        features = self._encode_pictures(Tiles.cat(held))                           # [tokens, D] each
-        rest, joined, places = iter(features), [], []
+        pictures = self._encode_pictures(Tiles.cat(held), vision)                   # states of each
+        rest, rows, places = iter(pictures), [], []
         for grids in ([] if row is None else row.grid.tolist() for row in tiles):
-            joined.append(torch.cat([features[0][:0], *islice(rest, len(grids))]))  # [tokens of the row, D]
+            states = zip(*islice(rest, len(grids)), strict=True) if grids else ([s[:0]] for s in pictures[0])
+            rows.append([torch.cat(list(state)) for state in states])               # [tokens of the row, ...]
             place = [(image, *where) for image, grid in enumerate(grids) for where in self._places(*grid)]
             places.append(torch.tensor(place, dtype=torch.long).view(-1, 4))
-        lengths = torch.tensor([len(row) for row in joined])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(features[0].device)
-        return ImageTokens(pad_sequence(joined, batch_first=True),
+        lengths = torch.tensor([len(place) for place in places])
+        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(pictures[0][0].device)
+        features, *states = (pad_sequence(state, batch_first=True) for state in zip(*rows, strict=True))
+        return ImageTokens(features,
                            pad_sequence(places, batch_first=True, padding_value=-1).to(mask.device),
-                           None if mask.all() else mask)
+                           None if mask.all() else mask, Vision(tiles, *states) if vision else None)
 
-    def _encode_pictures(self, tiles: Tiles) -> list[Tensor]:
-        """Encode and project pictures, those with equal grids together; each -> [tokens, D]."""
+    def _encode_pictures(self, tiles: Tiles, vision: bool) -> list[tuple[Tensor, ...]]:
+        """Encode and project pictures, those with equal grids together; each -> [tokens, D]; with `vision`
+        also what the encoder knows of them."""
         weight, grids = self.multi_modal_projector.weight, [tuple(grid) for grid in tiles.grid.tolist()]
-        features = [None] * len(grids)
+        states = [()] * len(grids)
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
             pixels = tiles.pixels[members].to(weight.device, weight.dtype)
-            encoded = self.multi_modal_projector(self.vision_model(pixels, grid))
-            for i, feature in zip(members, encoded, strict=True):
-                features[i] = feature
-        return features
+            encoded = self.vision_model.states(pixels, grid)
+            projected = self.multi_modal_projector(encoded[0])
+            for i, *each in zip(members, projected, *(encoded if vision else ()), strict=True):
+                states[i] = tuple(each)
+        return states
 
     def _places(self, rows: int, columns: int) -> list[tuple[int, int, int]]:
         side = self.config.vision.patches_per_side
@@ -94,7 +101,17 @@ class LlamaVision(nn.Module):
         hidden = self.language_model(input_ids, image, seen, cache, pruner)
         if cache.images:
             self._keep_what_is_seen(cache, seen[last], pruner)
+            if pruner is not None:
+                cache.hold_texts(pruner.text_cache(-1, cache.texts()))
         return self.lm_head(hidden[last]).float(), cache
+
+    def question(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
+        """What the text alone comes to: the prompts of `prefill` without their image tokens -> the states of
+        their last tokens, after the last norm, [B, D]."""
+        words = [ids[:length][ids[:length] != self.config.image_token_index]
+                 for ids, length in zip(input_ids, lengths, strict=True)]
+        padded, last = pad_sequence(words, batch_first=True), [len(ids) - 1 for ids in words]
+        return self.language_model(padded, None, None)[torch.arange(len(words)), last]
 
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
         """The logits [B, V] after one more token of each row [B]."""

@@ -40,6 +40,11 @@ class VisionEncoder(nn.Module):
 
         Tiles beyond rows x columns must be zeros, as the image processor leaves them.
         """
+        return self.states(pixels, grid)[0]
+
+    def states(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+        """`forward`; and of the same tokens what entered the last global layer, [I, real tiles · P, D], and
+        what its MLP was given."""
         c, real = self.config, grid[0] * grid[1]
         ratio = c.ratio_id(*grid)
         tiles = real + 1 if real < c.max_num_tiles and self._padding_alike(ratio, real) else c.max_num_tiles
@@ -56,8 +61,10 @@ class VisionEncoder(nn.Module):
         *layers, last = self.global_transformer.layers
         for layer in layers:
             x = layer(x, layout)
-        x = last(x, layout, rows=layout.real)                   # nobody asks what becomes of padding
-        return torch.cat((x, torch.stack(taps, dim=-1).flatten(2)), dim=-1)
+        entering = x[:, :layout.real]
+        leaving = last.attend(x, layout, rows=layout.real)      # nobody asks what becomes of padding
+        x, leaving = last.think(leaving)
+        return torch.cat((x, torch.stack(taps, dim=-1).flatten(2)), dim=-1), entering, leaving
 
     def _embed(self, pixels: Tensor, ratio: int, real: int) -> Tensor:
         images, tiles = pixels.shape[:2]
@@ -121,12 +128,20 @@ class VisionLayer(nn.Module):
             self.gate_attn = nn.Parameter(torch.full((1,), torch.pi / 4))
             self.gate_ffn = nn.Parameter(torch.full((1,), torch.pi / 4))
 
-    def forward(self, x: Tensor, layout: Layout, rows: int | None = None) -> Tensor:
-        """x [I, t·P + t, D] -> the same, or its first `rows` alone."""
+    def forward(self, x: Tensor, layout: Layout) -> Tensor:
+        """x [I, t·P + t, D] -> the same."""
+        return self.think(self.attend(x, layout))[0]
+
+    def attend(self, x: Tensor, layout: Layout, rows: int | None = None) -> Tensor:
+        """The first half: x [I, t·P + t, D] -> the same, or its first `rows` alone."""
         h = self.self_attn(self.input_layernorm(x), layout, rows)
-        x = x[:, :rows] + (self.gate_attn.tanh() * h if self.gated else h)
-        h = self.mlp(self.post_attention_layernorm(x))
-        return x + (self.gate_ffn.tanh() * h if self.gated else h)
+        return x[:, :rows] + (self.gate_attn.tanh() * h if self.gated else h)
+
+    def think(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The second half; also what the MLP was given."""
+        normed = self.post_attention_layernorm(x)
+        h = self.mlp(normed)
+        return x + (self.gate_ffn.tanh() * h if self.gated else h), normed
 
 
 class VisionAttention(nn.Module):

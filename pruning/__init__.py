@@ -7,15 +7,15 @@ from pathlib import Path
 from pruning.attention import column_mass
 from pruning.downsample import Downsample
 from pruning.fastv import FastV
-from pruning.pruner import OneChoice, Pruner, knobs, moments, top
+from pruning.pruner import EachLayer, OneChoice, Prompts, Pruner, knobs, moments, top
 from pruning.random import Random
 from pruning.spatial import Spatial
 from pruning.trimmed_llama import TrimmedLlama
 
 METHODS = {method.name: method for method in (Pruner, TrimmedLlama, FastV, Random, Spatial, Downsample)}
 
-__all__ = ["METHODS", "OneChoice", "Pruner", "catalogue", "column_mass", "find", "knobs", "load", "moments",
-           "parse_knob", "parse_number", "top"]
+__all__ = ["METHODS", "EachLayer", "OneChoice", "Prompts", "Pruner", "catalogue", "column_mass", "find",
+           "knobs", "load", "moments", "parse_knob", "parse_number", "top"]
 
 
 def load(method: str, /, **settings) -> Pruner:

@@ -3,11 +3,13 @@
     pictures ─(0 pictures)─► Tiles ─► ImageTokens ─(1 encoded)─► prefill, at cross-attention layer i (2 layer)
         ─► ImageKV of every layer ─(3 prefilled)─► decode a token ─(4 stepped)─► logits ─(5 logits)─► sample
 
-A method is one class that overrides some of these moments; the rest do nothing. What it needs to know comes
-through their arguments: queries and keys, never attention weights (`pruning.attention` computes those that
-are asked for). Its knobs are the fields of its dataclass. `generate` and prefill call the moments; a prompt
-without an image calls none. Rounding, ties and budgets are ours, and the same for all methods. B batch,
-N image tokens, G key/value heads, K = 1 or G sets of kept tokens.
+A method is one class that overrides some of these moments; the rest do nothing. Three more are for the few
+that read the text too: `text_layer` in prefill, `text_cache` after 3 and 4, and `answered` after 1, by a
+smaller model. What a method needs to know comes through the arguments: queries and keys, never attention
+weights (`pruning.attention` computes those that are asked for); what costs something to have is named in
+`needs`. Its knobs are the fields of its dataclass. `generate` and prefill call the moments; a prompt without
+an image calls none. Rounding, ties and budgets are ours, and the same for all methods. B batch, T text
+tokens, N image tokens, H query heads, G key/value heads, K = 1 or G sets of kept tokens, d head width.
 """
 import math
 import types
@@ -19,10 +21,21 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from model.cache import TextKV
 from model.image import ImageProcessor, Tiles
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
 
-MOMENTS = ("pictures", "encoded", "layer", "prefilled", "stepped", "logits")
+MOMENTS = ("pictures", "encoded", "answered", "text_layer", "layer", "prefilled", "stepped", "text_cache",
+           "logits")
+
+
+@dataclass
+class Prompts:
+    """What is asked about the images, for moment 1."""
+    ids: list[list[int]]                        # of each batch row
+    max_new_tokens: int
+    stop_ids: tuple[int, ...]
+    question: Tensor | None = None              # [B, D] `LlamaVision.question` of them, where needed
 
 
 @dataclass
@@ -33,6 +46,9 @@ class Pruner:
     name: ClassVar[str] = "none"
     paper: ClassVar[str] = ""
     unit: ClassVar[str] = ""                    # what `keep` is a share of, if not of the image
+    needs: ClassVar[tuple[str, ...]] = ()       # "vision": ImageTokens.vision; "question": Prompts.question
+    merges: ClassVar[bool] = False              # whether what is kept is made of several tokens
+    whole: ClassVar[list[ImageKV]] = []         # what it holds beside the caches, to choose from anew
 
     def __init_subclass__(cls):
         cls.name = vars(cls).get("name", cls.__name__.lower())
@@ -41,10 +57,19 @@ class Pruner:
         """0, before the encoder: fewer or smaller tiles."""
         return processor(pictures)
 
-    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
         """1, before the decoder: drop or merge tokens. Or add branches: for a batch of n · B rows, every
         prompt is read n times over, and `logits` has to merge what comes of it."""
         return image
+
+    def answered(self) -> dict[int, list[int]]:
+        """After 1: batch rows that need not be read, and the tokens of their answers, without a stop token.
+        The moments after this one see the other rows alone, in their order."""
+        return {}
+
+    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
+        """In prefill, at self-attention layer i: q [B, H, T, d] and key [B, G, T, d] are rotated, q is not
+        yet scaled by d ** -0.5; rows have `lengths` [B] tokens, and padding on their right."""
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         """2, in prefill, at cross-attention layer i (0 is the first): a smaller `kv` is what this layer
@@ -60,6 +85,11 @@ class Pruner:
         """4, after a decoded token: what the next one sees; `queries` [B, H, 1, d] of every layer."""
         return kvs
 
+    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
+        """After 3 (step -1) and after 4: what is held of the text, of every self-attention layer; fewer
+        entries, as many in all layers, each row's from slot 0 on."""
+        return texts
+
     def logits(self, logits: Tensor) -> Tensor:
         """5, before sampling: [n · B, V] of all branches -> [B, V]."""
         return logits
@@ -70,7 +100,8 @@ class Pruner:
             value, hint = getattr(self, field.name), hints[field.name]
             if not fits(value, hint):
                 raise ValueError(f"{self.name}: {field.name} is {value!r}, but must be {words(hint)}")
-        self.check_share("keep")
+        if self.keep is not None:
+            self.check_share("keep")
 
     def check_share(self, knob: str):
         """Raise ValueError where a knob is neither a share of the image tokens nor a number of them."""
@@ -132,6 +163,30 @@ class OneChoice(Pruner):
         whole = {0: "", 1: "layer 0 keeps"}.get(self.full_layers, f"the first {self.full_layers} layers keep")
         whole = whole if self.when == "prefill" else "every layer keeps"
         return super().__str__() + (whole and f"; {whole} all in prefill")
+
+
+@dataclass
+class EachLayer(Pruner):
+    """A pruner that scores the tokens in every cross-attention layer while the prompt is read, each layer for
+    itself, and cuts all layers when it has been."""
+    keep: float | int = 0.5
+
+    def score(self, i: int, queries: Queries, kv: ImageKV) -> Tensor:
+        """Of layer i: [B, N], or [B, G, N] for sets of its own in every key/value head."""
+        raise NotImplementedError
+
+    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
+        if i == 0:
+            self.scores = []
+        self.scores.append(self.score(i, queries, kv))
+        return image, kv
+
+    def chosen(self, kvs: list[ImageKV]) -> list[Tensor]:
+        """What each layer keeps, bool, shaped like its scores."""
+        return [top(score, self.keep, kv) for score, kv in zip(self.scores, kvs, strict=True)]
+
+    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
+        return [kv.take(kept) for kv, kept in zip(kvs, self.chosen(kvs), strict=True)]
 
 
 def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:

@@ -3,7 +3,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pruning.pruner import ImageKV, ImageTokens, OneChoice, Queries, top
+from pruning.pruner import ImageKV, ImageTokens, OneChoice, Prompts, Queries, top
 
 
 @dataclass
@@ -11,8 +11,8 @@ class Random(OneChoice):
     """Keeps random tokens: others for every prompt and `seed`, the same ones alone and in a batch."""
     seed: int = 0
 
-    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
-        draws = [torch.Generator().manual_seed(hash((self.seed, *ids))) for ids in prompts]
+    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
+        draws = [torch.Generator().manual_seed(hash((self.seed, *ids))) for ids in prompts.ids]
         self.scores = torch.stack([torch.rand(image.place.shape[1], generator=draw) for draw in draws])
         return image
 

@@ -6,10 +6,11 @@ where the prompt looks, is drawn from (`pruning/picture.py`). n image tokens, N 
 from PIL import Image
 from torch import Tensor
 
+from model.cache import TextKV
 from model.image import ImageProcessor, Tiles
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from pruning.attention import column_mass
-from pruning.pruner import Pruner
+from pruning.pruner import Prompts, Pruner
 
 
 class Recorder(Pruner):
@@ -34,6 +35,14 @@ class Recorder(Pruner):
         """False: its moments are to be called."""
         return False
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        return self.inner.needs
+
+    @property
+    def whole(self) -> list[ImageKV]:
+        return self.inner.whole
+
     def __str__(self) -> str:
         return self.words
 
@@ -41,12 +50,18 @@ class Recorder(Pruner):
         self.tiles = self.inner.pictures(pictures, processor)
         return self.tiles
 
-    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
         mask = None if image.mask is None else image.mask[:1].cpu()
         self.image = ImageTokens(image.features.new_empty(1, image.features.shape[1], 0).cpu(),
                                  image.place[:1].cpu(), mask)
         self.kvs, self.mass = [], []
         return self.inner.encoded(image, prompts)
+
+    def answered(self) -> dict[int, list[int]]:
+        return self.inner.answered()
+
+    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
+        self.inner.text_layer(i, q, key, lengths)
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if self.attention:
@@ -65,6 +80,9 @@ class Recorder(Pruner):
 
     def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
         return self.inner.stepped(step, queries, kvs)
+
+    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
+        return self.inner.text_cache(step, texts)
 
     def logits(self, logits: Tensor) -> Tensor:
         return self.inner.logits(logits)

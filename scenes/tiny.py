@@ -84,12 +84,12 @@ def _corpus(pictures: int):
                 yield "".join(c for c in text if not c.isdigit())
 
 
-def write_folder(folder: Path):
-    """Everything of the checkpoint but its weights."""
+def write_folder(folder: Path, config: dict | None = None):
+    """Everything of a checkpoint but its weights; `config` is that of tiny if not given."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
     tokenizer.save(str(folder / "tokenizer.json"))
-    config = config_json()
+    config = config or config_json()
     text = config["text_config"]
     files = {
         "config.json": config,

@@ -19,8 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model.config import Config
 from model.image import ImageProcessor
 from model.llama_vision import LlamaVision
+from model.vision import VisionEncoder
 from scenes.draw import RATIOS
 from scenes.lessons import CHARACTER_LABELS, COLOUR_LABELS, DIGITS, SHAPE_LABELS, Batch, Lessons
 from scenes.tiny import tiny_config, train_tokenizer, write_folder
@@ -157,18 +159,25 @@ def share_gradients(parameters: list[nn.Parameter], workers: int):
 
 
 class Student:
-    """The model that learns, in fp32 (`master`) and as it is used, in bf16 (`model`), and what teaches it."""
+    """The model that learns, in fp32 (`master`) and as it is used, in bf16 (`model`), and what teaches it.
 
-    def __init__(self, args: argparse.Namespace, workers: int):
-        config = tiny_config()
+    Where a `vision` encoder is given, it is taken, and does not learn.
+    """
+
+    def __init__(self, args: argparse.Namespace, config: Config, workers: int,
+                 vision: VisionEncoder | None = None):
         self.device, self.workers = args.device, workers
         self.master = LlamaVision(config)
         initialise(self.master)
-        for name, parameter in self.master.named_parameters():
-            parameter.requires_grad_(not is_gate(name))
+        if vision is not None:
+            self.master.vision_model.load_state_dict(vision.state_dict())
         self.master.to(self.device)
         self.reader = PatchReader(config.text.hidden_size).to(self.device)
         self.model = LlamaVision(config).to(self.device, torch.bfloat16)
+        for network in self.master, self.model:
+            for name, parameter in network.named_parameters():
+                fixed = is_gate(name) or (vision is not None and name.startswith("vision_model."))
+                parameter.requires_grad_(not fixed)
         if args.compile:
             vision = self.model.vision_model
             for layer in (*vision.transformer.layers, *vision.global_transformer.layers,
@@ -220,7 +229,8 @@ def train(rank: int, workers: int, args: argparse.Namespace):
     if workers > 1:
         meet = f"file://{(args.run / 'meet').resolve()}"
         dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=workers)
-    student, processor = Student(args, workers), ImageProcessor.from_folder(args.out, tiny_config().vision)
+    student = Student(args, tiny_config(), workers)
+    processor = ImageProcessor.from_folder(args.out, tiny_config().vision)
     lessons = Lessons(train_tokenizer(), processor, LENGTH)
     start, pictures = student.resume(args.run / "state.pt"), args.pictures // workers
     began, log = time.time(), Log(args.run / "log.csv") if rank == 0 else None

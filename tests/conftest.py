@@ -77,7 +77,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc):
     """`make` is each registered or given method with some of its knobs, as a function of further knobs."""
     if "make" in metafunc.fixturenames:
         methods, given = [*METHODS, *metafunc.config.getoption("pruner")], metafunc.module
-        cases = [(method, knob) for method in methods for knob in given.KEEPS + given.KNOBS.get(method, [])]
+        always = getattr(given, "ALWAYS", {})
+        cases = [(method, {**always.get(method, {}), **knob}) for method in methods
+                 for knob in given.KEEPS + given.KNOBS.get(method, [])]
         metafunc.parametrize("make", [partial(load, method, **knob) for method, knob in cases],
                              ids=[" ".join([method, *map(str, knob.values())]) for method, knob in cases])
 
@@ -119,7 +121,7 @@ def see() -> Callable[..., ImageTokens | None]:
                         for p in noise]
             tiles.append((processor if pruner is None else partial(pruner.pictures, processor=processor))
                          (pictures))
-        return network.encode(tiles)
+        return network.encode(tiles, pruner is not None and "vision" in pruner.needs)
     return encode
 
 
@@ -169,29 +171,49 @@ def columns(kv: ImageKV, row: int, place: Tensor) -> Tensor:
     return same.any(1).expand(kv.key.shape[1], -1)
 
 
-def look(layer: CrossAttentionLayer, x: Tensor, features: Tensor, inside: Tensor) -> Tensor:
-    """A cross-attention layer by hand: x [T, D] looks at features [N, D] where `inside` [G, T, N] says so."""
+def offered(layer: CrossAttentionLayer, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values by hand: features [N, D] -> two of [G, N, d]."""
+    own = layer.cross_attn
+    k = own.k_norm(own.k_proj(features).unflatten(-1, (own.kv_heads, -1)))
+    return k.transpose(0, 1), own.v_proj(features).unflatten(-1, (own.kv_heads, -1)).transpose(0, 1)
+
+
+def look(layer: CrossAttentionLayer, x: Tensor, k: Tensor, v: Tensor, inside: Tensor,
+         bias: Tensor | None = None) -> Tensor:
+    """A cross-attention layer by hand: x [T, D] looks at keys and values [G, N, d] where `inside` [K, T, N]
+    says so; `bias` [K, N] is added to the scores."""
     own, normed = layer.cross_attn, layer.input_layernorm(x)
     q = own.q_norm(own.q_proj(normed).unflatten(-1, (own.heads, -1)))                           # [T, H, d]
-    k = own.k_norm(own.k_proj(features).unflatten(-1, (own.kv_heads, -1)))
-    k, v = (t.repeat_interleave(own.heads // own.kv_heads, 1)
-            for t in (k, own.v_proj(features).unflatten(-1, (own.kv_heads, -1))))               # [N, H, d]
-    scores = torch.einsum("thd,nhd->htn", q, k) / q.shape[-1] ** 0.5
+    k, v = (t.repeat_interleave(own.heads // own.kv_heads, 0) for t in (k, v))                  # [H, N, d]
+    scores = torch.einsum("thd,hnd->htn", q, k) / q.shape[-1] ** 0.5
+    if bias is not None:
+        scores = scores + bias.repeat_interleave(own.heads // len(bias), 0)[:, None]
     hidden = ~inside.repeat_interleave(own.heads // len(inside), 0)
-    h = torch.einsum("htn,nhd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
+    h = torch.einsum("htn,hnd->thd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v).flatten(1)
     y = x + layer.cross_attn_attn_gate.tanh() * own.o_proj(h)
     y = y + layer.cross_attn_mlp_gate.tanh() * layer.mlp(layer.post_attention_layernorm(y))
     return torch.where(inside.any(-1).all(0)[:, None], y, x)
 
 
+def left(kv: ImageKV, row: int, seen: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Which tokens of `kv` text rows see that see these images [T, 2]: [K, T, N]; and their bias [K, N]."""
+    which = kv.place[row][..., 0][:, None]                                                      # [K, 1, N]
+    inside = (which >= seen[:, :1]) & (which < seen[:, 1:])
+    return (inside if kv.mask is None else inside & kv.mask[row][:, None],
+            None if kv.bias is None else kv.bias[row])
+
+
 @pytest.fixture(scope="session")
 def masked() -> Callable[..., Tensor]:
-    """The logits [B, steps, V] of a Run, from the whole image with -inf where its pruner dropped a token.
+    """The logits [B, steps, V] of a Run, from the whole image with -inf where its pruner dropped a token; or,
+    where it makes one of several, from the keys and values that it left.
 
-    One pass over each row's prompt and new tokens: no batch, no cache, and nothing is ever dropped.
+    One pass over each row's prompt and new tokens, and over each of its branches: no batch, no cache, and
+    nothing is ever dropped.
     """
     @torch.inference_mode()
-    def row_logits(network: LlamaVision, run: Run, prompt: list[int], image: ImageTokens | None, row: int):
+    def row_logits(network: LlamaVision, run: Run, prompt: list[int], image: ImageTokens | None, row: int,
+                   branch: int, merges: bool):
         ids, decoder, depth = torch.tensor(prompt + run.fed[:-1]), network.language_model, 0
         x, frequencies = decoder.embed_tokens(ids), rotary_frequencies(decoder.config, ids.device)
         angles = rotary_angles(torch.arange(len(ids))[None], frequencies)
@@ -200,16 +222,25 @@ def masked() -> Callable[..., Tensor]:
             if isinstance(layer, SelfAttentionLayer):
                 x = layer(x[None], angles)[0][0]
             elif image is not None:
-                place = image.place[row][real]
                 kept = [run.read[depth]] * len(prompt) + [kvs[depth] for kvs in run.held[:-1]]
-                kept = torch.stack([columns(kv, row, place) for kv in kept], dim=1)            # [G, T, N]
                 seen = visible_images(ids[None], IMAGE)[0]
-                inside = (place[:, 0] >= seen[:, :1]) & (place[:, 0] < seen[:, 1:])
-                x, depth = look(layer, x, image.features[row][real], kept & inside), depth + 1
+                if merges:
+                    x = torch.cat([look(layer, x[t:t + 1], kv.key[branch], kv.value[branch],
+                                        *left(kv, branch, seen[t:t + 1])) for t, kv in enumerate(kept)])
+                else:
+                    place = image.place[row][real]
+                    kept = torch.stack([columns(kv, branch, place) for kv in kept], dim=1)     # [G, T, N]
+                    inside = (place[:, 0] >= seen[:, :1]) & (place[:, 0] < seen[:, 1:])
+                    x = look(layer, x, *offered(layer, image.features[row][real]), kept & inside)
+                depth += 1
         return network.lm_head(decoder.norm(x))[len(prompt) - 1:]
 
-    def logits(network: LlamaVision, run: Run, prompts: list[list[int]], image: ImageTokens | None) -> Tensor:
-        return torch.stack([row_logits(network, run, p, image, row) for row, p in enumerate(prompts)])
+    def logits(network: LlamaVision, run: Run, prompts: list[list[int]], image: ImageTokens | None,
+               pruner: Pruner = Pruner()) -> Tensor:                        # noqa: B008  it has no state
+        branches = len(run.read[0].key) // len(prompts)
+        rows = [row_logits(network, run, prompt, image, row, row + branch * len(prompts), pruner.merges)
+                for branch in range(branches) for row, prompt in enumerate(prompts)]
+        return torch.stack([pruner.logits(step) for step in torch.stack(rows).unbind(1)], dim=1)
     return logits
 
 

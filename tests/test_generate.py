@@ -548,7 +548,7 @@ class Mine(Pruner):
     keep: float = 0.5
     first: int = 3
     def encoded(self, image, prompts):
-        return image.take(torch.arange(image.place.shape[1]).expand(len(prompts), -1) < self.first)
+        return image.take(torch.arange(image.place.shape[1]).expand(len(prompts.ids), -1) < self.first)
 """
 
 

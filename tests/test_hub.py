@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import errors
 
 from weights import find_checkpoint
-from weights.hub import TINY, read_config
+from weights.hub import BUNDLED, read_config
 
 ROOT = Path(__file__).parents[1]
 CONFIG = json.dumps({"model_type": "mllama"})
@@ -42,8 +42,8 @@ def test_a_folder_is_itself(tmp_path, monkeypatch):
 
 
 def test_tiny_is_the_bundled_folder(tmp_path, monkeypatch):
-    assert Path("weights", "tiny") == TINY.relative_to(ROOT)
-    monkeypatch.setattr("weights.hub.TINY", tmp_path)
+    assert Path("weights", "tiny") == BUNDLED["tiny"].relative_to(ROOT)
+    monkeypatch.setitem(BUNDLED, "tiny", tmp_path)
     (tmp_path / "config.json").write_text(CONFIG)
     monkeypatch.chdir(ROOT)
     assert find_checkpoint("tiny") == tmp_path

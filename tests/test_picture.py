@@ -243,9 +243,11 @@ for _moment in MOMENTS:
 def test_every_moment_is_passed_on():
     spy, image, layer = Spy(), ImageTokens(torch.ones(1, 17, 8), tokens((1, 1))[None]), kv([(0, 0, 0, 0)])
     spy.gives = {"pictures": PROCESSOR([]), "encoded": image, "layer": (image, layer), "prefilled": [layer],
-                 "stepped": [layer], "logits": torch.ones(1)}
+                 "stepped": [layer], "logits": torch.ones(1), "answered": {1: [5]}, "text_layer": None,
+                 "text_cache": []}
     given = {"pictures": ([], PROCESSOR), "encoded": (image, [[0]]), "layer": (0, object(), image, layer),
-             "prefilled": ([],), "stepped": (3, [], []), "logits": (torch.zeros(1),)}
+             "prefilled": ([],), "stepped": (3, [], []), "logits": (torch.zeros(1),), "answered": (),
+             "text_layer": (2, image, layer, spy), "text_cache": (-1, [])}
     recorder = Recorder(spy)
     for moment in MOMENTS:
         assert getattr(recorder, moment)(*given[moment]) is spy.gives[moment]

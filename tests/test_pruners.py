@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from generate import generate
-from model.image_tokens import ImageKV, Queries
+from model.image_tokens import ImageKV, ImageTokens
 from pruning import METHODS, OneChoice, Pruner, moments
 from pruning.trimmed_llama import TrimmedLlama
 
@@ -33,6 +33,8 @@ KNOBS = {
               {"keep": 0.3, "when": "step", "early_caches": "trim"}],
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
+ALWAYS = {}
+STATES = "features", "entering", "leaving"          # of Vision
 MODELS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}     # seed, share, cross-attention layers
 
 
@@ -100,7 +102,7 @@ def test_dropping_is_masking(make, network, see, ask, masked):
     image = see(network, GRIDS, 1, pruner)
     run = ask(network, PROMPTS, image, pruner, steps=4)
     assert len(run.read) == len(network.language_model.cross_layers)
-    close(run.logits, masked(network, run, PROMPTS, image))
+    close(run.logits, masked(network, run, PROMPTS, image, pruner))
 
 
 def test_what_the_caches_hold(make, some, see, ask):
@@ -157,9 +159,11 @@ def test_every_image_keeps_its_share(make, some, see, ask):
 
 def alone(network, image, row: int):
     """The image of one batch row as it comes without the others."""
-    mask = slice(None) if image.mask is None else image.mask[row]
-    features, place = image.features[row][mask], image.place[row][mask]
-    return replace(image, features=features[None], place=place[None], mask=None) if len(place) else None
+    one = image.rows([row])
+    real = slice(None) if image.mask is None else image.mask[row]
+    vision = one.vision and replace(one.vision, **{n: getattr(one.vision, n)[:, real] for n in STATES})
+    place = one.place[:, real]
+    return ImageTokens(one.features[:, real], place, None, vision) if place.numel() else None
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(make, network, see, ask):
@@ -236,7 +240,7 @@ def test_rows_that_see_no_image_have_no_say(make, some, see, ask):
             blind = queries.seen[..., 0] == queries.seen[..., 1]
             assert blind.any()                                              # else nothing is tested here
             q = torch.where(blind[:, None, :, None], strange, queries.q)
-            return honest(i, Queries(q, queries.seen), *arguments)
+            return honest(i, replace(queries, q=q), *arguments)
         with patch.object(type(deceived), "layer", lambda self, *arguments, layer=layer: layer(*arguments)):
             run = ask(some, PROMPTS, image, deceived)
         expected = ask(some, PROMPTS, image, plain)
@@ -248,8 +252,12 @@ def test_padding_among_image_tokens_has_no_say(make, some, see, ask):
     pruner = make()
     image = see(some, GRIDS, 9, pruner)
     assert image.mask is not None
-    noise = 1e3 * torch.randn(image.features.shape, generator=torch.Generator().manual_seed(0))
-    filled = replace(image, features=torch.where(image.mask[..., None], image.features, noise))
+    generator = torch.Generator().manual_seed(0)
+
+    def fill(state: Tensor) -> Tensor:
+        return torch.where(image.mask[..., None], state, 1e3 * torch.randn(state.shape, generator=generator))
+    vision = image.vision and replace(image.vision, **{n: fill(getattr(image.vision, n)) for n in STATES})
+    filled = replace(image, features=fill(image.features), vision=vision)
     run, expected = ask(some, PROMPTS, filled, make()), ask(some, PROMPTS, image, pruner)
     assert chosen(run) == chosen(expected)
     close(run.logits, expected.logits)

@@ -1,11 +1,11 @@
-"""From what the user typed to a folder that holds a checkpoint: 'tiny', a folder, or a hub id.
+"""From what the user typed to a folder that holds a checkpoint: 'tiny', 'guide', a folder, or a hub id.
 
     source ── find_checkpoint ─► folder ── read_config ─► Config ── (load.py) ─► LlamaVision
 
-The bundled checkpoint lies beside this file. A hub id is fetched into huggingface_hub's own cache, so
-HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and its progress bars work as everywhere else. Whatever cannot be read
-(another format, another model, a quantized checkpoint) is refused here, before its weights are downloaded,
-in one line that says what to do instead.
+The bundled checkpoints lie beside this file: tiny, and the smaller guide. A hub id is fetched into
+huggingface_hub's own cache, so HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and its progress bars work as everywhere
+else. Whatever cannot be read (another format, another model, a quantized checkpoint) is refused here, before
+its weights are downloaded, in one line that says what to do instead.
 """
 import errno
 import json
@@ -25,7 +25,8 @@ from huggingface_hub.errors import (
 
 from model.config import Config
 
-TINY = Path(__file__).parent / "tiny"
+BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
+LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
 FILES = ["*.safetensors", "*.json", "*.jinja"]
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 WANTED = "the safetensors checkpoint in the official layout is wanted, as meta-llama has it on the hub"
@@ -39,14 +40,14 @@ FOREIGN = (                                             # what a folder may hold
 
 
 def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
-    """The folder of a checkpoint: 'tiny' (bundled), a folder, a hub id 'owner/name' (downloaded if need be).
+    """The folder of a checkpoint: 'tiny' or 'guide' (bundled), a folder, a hub id 'owner/name' (downloaded).
 
     `revision` is a branch, tag or commit of the hub repository. Raises ValueError with one line where there
     is no such thing, the hub does not give it out, or it is not a checkpoint that can be read.
     """
     text = str(source)
-    folder = TINY if text == "tiny" else Path(os.path.expanduser(text))
-    if text == "tiny" or os.path.isdir(text and folder):
+    folder = BUNDLED.get(text) or Path(os.path.expanduser(text))
+    if text in BUNDLED or os.path.isdir(text and folder):
         if revision is not None:
             raise ValueError(f"{text}: revision {revision!r} goes with a hub id, but this is a local folder")
         _refuse_without_config(folder, text)

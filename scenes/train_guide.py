@@ -1,0 +1,72 @@
+"""Trains the small checkpoint that guides the bundled one: `python -m scenes.train_guide`.
+
+A smaller decoder behind the vision encoder of `tiny`, as 11B and 90B share a kind of encoder: that one is
+taken as it is, and a projector and a decoder, together of a quarter of the parameters, learn the answers of
+fresh scenes. Everything else is as in `scenes.train`, whose student this is. Progress goes to the terminal
+and to RUN/log.csv, the state to RUN/state.pt, and the same command again goes on from there. On one CPU core
+this takes about half an hour.
+"""
+import argparse
+import time
+from pathlib import Path
+
+import torch
+
+from model.config import Config
+from model.image import ImageProcessor
+from scenes.lessons import Lessons
+from scenes.tiny import config_json, train_tokenizer, write_folder
+from scenes.train import LENGTH, SAVE_EVERY, Log, Student, plan
+from weights import find_checkpoint, load_model, save_model
+
+SMALLER = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 4,
+           "cross_attention_layers": [1, 3]}
+
+
+def guide_json() -> dict:
+    """The guide's config.json: that of tiny with a smaller decoder."""
+    config = config_json()
+    return {**config, "text_config": {**config["text_config"], **SMALLER}}
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scenes.train_guide", description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("weights/guide"), help="folder of the checkpoint")
+    parser.add_argument("--run", type=Path, default=Path("runs/guide"), help="folder of log and state")
+    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--pictures", type=int, default=16, help="a step")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--compile", action="store_true", help="torch.compile the layers, for long runs")
+    return parser.parse_args()
+
+
+def train(args: argparse.Namespace):
+    """From the first or the last saved step to the end."""
+    torch.manual_seed(args.seed)
+    config = Config.from_dict(guide_json())
+    large = load_model(find_checkpoint("tiny"), torch.device(args.device), torch.float32)
+    student = Student(args, config, workers=1, vision=large.vision_model)
+    processor = ImageProcessor.from_folder(args.out, config.vision)
+    lessons, log = Lessons(train_tokenizer(), processor, LENGTH), Log(args.run / "log.csv")
+    began, start = time.time(), student.resume(args.run / "state.pt")
+    for step in range(start, args.steps):
+        ratio, first_alone = plan(args.seed, step, 0)
+        batch = lessons.batch("train", step * args.pictures, args.pictures, ratio, args.seed)
+        values = student.learn(batch, step / args.steps, vision_only=False, first_alone=first_alone)
+        log.add(step + 1, args.steps, first_alone, *values)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            student.save(args.run / "state.pt", step + 1)
+    save_model(student.master.to(torch.bfloat16), args.out)
+    print(f"\n{args.out}: {args.steps - start} steps in {(time.time() - began) / 60:.0f} minutes")
+
+
+def main():
+    args = arguments()
+    args.run.mkdir(parents=True, exist_ok=True)
+    write_folder(args.out, guide_json())
+    train(args)
+
+
+if __name__ == "__main__":
+    main()
