@@ -28,9 +28,9 @@ from model.decoder import CrossAttentionLayer
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
 from model.prompt import messages
-from pruning import Pruner, column_mass, find, load, moments, parse_knob, parse_number, top
+from pruning import METHODS, Pruner, column_mass, find, load, moments, parse_knob, parse_number, top
 from report import Picture, fail, mean, say
-from results import Papers, Score, Store, check_plot, figures, full_score, plot, table
+from results import Papers, Score, Store, check_plot, denied, figures, full_score, plot, table
 from scenes.draw import RATIOS, Scene, draw, make_scene
 from scenes.questions import KINDS, Question, ask
 from weights import find_checkpoint
@@ -41,15 +41,15 @@ KEEPS = "0.5,0.25,0.1,0.05,0.02"
 SMALL = 100_000_000         # bytes of weights that are read to know them again
 
 
-def exam(count: int, split: str = "test") -> Papers:
-    """`count` questions about scenes of a split, every kind about equally often: the first kinds of a scene
-    are those asked least so far."""
+def exam(count: int, split: str = "test", kinds: Sequence[str] = tuple(KINDS)) -> Papers:
+    """`count` questions about scenes of a split, every one of `kinds` about equally often: the first kinds of
+    a scene are those asked least so far."""
     asked, papers, index = Counter(), [], 0
     while (left := count - asked.total()) > 0:
         scene = make_scene(split, index, RATIOS[index % len(RATIOS)])
         rng = random.Random(f"exam/{split}/{index}")
-        kinds = sorted(KINDS, key=lambda kind: asked[kind])
-        possible = (question for kind in kinds if (question := ask(scene, rng, kind)) is not None)
+        wanted = sorted(kinds, key=lambda kind: asked[kind])
+        possible = (question for kind in wanted if (question := ask(scene, rng, kind)) is not None)
         questions = [question for question, _ in zip(possible, range(min(PER_PICTURE, left)), strict=False)]
         asked.update(question.kind for question in questions)
         papers.append((scene, questions))
@@ -77,12 +77,16 @@ def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (
 
 def examine(assistant: Assistant, scene: Scene, questions: list[Question], pruners: Sequence[Pruner],
             compare_layers: bool) -> dict:
-    """A picture's questions in one batch, with every pruner. Of each pruner: which answers are `right`, the
-    share `kept` of the image tokens for each question, and bytes, times and decode `steps` of the batch."""
+    """A picture's questions in one batch, with every pruner. Of each pruner: which answers are `right`, which
+    say yes to what is not there (`wrong_yes`) and which a smaller model gave (`early`), the share `kept` of
+    the image tokens for each question, and bytes, times and decode `steps` of the batch."""
     drawn = [draw(scene)]
-    whole = assistant.look(drawn)
+    whole = assistant.look(drawn, vision=any("vision" in pruner.needs for pruner in pruners))
     turns, rows = [messages(question.text, 1) for question in questions], []
     for pruner in pruners:
+        if rows and pruner.keeps_all:                   # as the first one, which was asked already
+            rows.append(rows[0])
+            continue
         shrinks = "pictures" in moments(type(pruner)) and not pruner.keeps_all
         picture = assistant.look(drawn, pruner) if shrinks else whole
         answer = assistant.ask(turns, picture, MAX_NEW_TOKENS, pruner=pruner)
@@ -91,9 +95,12 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
         steps = max(min(len(tokens), MAX_NEW_TOKENS - 1) for tokens in answer.tokens)
         rows.append({"right": [text == question.answer
                                for text, question in zip(texts, questions, strict=True)],
+                     "wrong_yes": [denied(question) and text == "yes"
+                                   for text, question in zip(texts, questions, strict=True)],
+                     "early": [row in answer.early for row in range(len(questions))],
                      "kept": [mean(layers) / picture.real for layers in answer.kept],
-                     "image_kv_bytes": answer.image_kv_bytes, "prefill_ms": answer.ms["prefill"],
-                     "decode_ms": answer.ms["decode"], "steps": steps})
+                     "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored": answer.image_kv_stored,
+                     "prefill_ms": answer.ms["prefill"], "decode_ms": answer.ms["decode"], "steps": steps})
     return {"rows": rows, "alike": layers_alike(assistant, turns, whole) if compare_layers else None}
 
 
@@ -163,7 +170,8 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     """All that the answers depend on: partial or complete results of other settings are never used."""
     files = [name.rpartition(":")[0] for name in (args.prune or "").split(",") if ":" in name]
     return {"model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
-            "questions": args.questions, "skip_layer": args.skip_layer, "device": args.device,
+            "questions": args.questions, "kinds": args.kinds, "skip_layer": args.skip_layer,
+            "device": args.device,
             "dtype": args.dtype, "files": {name: zlib.crc32(Path(name).read_bytes()) for name in files},
             "rows": [[pruner.name, pruner.keep, pruner.knobs_set()] for pruner in pruners]}
 
@@ -183,8 +191,9 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--questions", type=int, default=2000, metavar="N", help="default 2000")
+    add("--kinds", metavar="K,...", help=f"of question; default {','.join(KINDS)}")
     add("--skip-layer", type=int, metavar="I", help="close cross-attention layer I")
-    add("--prune", metavar="P,...", help="also with these methods; one of your own: FILE.py:CLASS")
+    add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS")
     add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
     add("--set", action="append", default=[], metavar="P.K=V", help="another knob of a method")
     add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
@@ -200,7 +209,8 @@ def plan(prune: str | None, keep: str | None, settings: list[str]) -> list[Prune
         if keep is not None or settings:
             raise ValueError("--keep and --set are knobs of methods: name these with --prune")
         return [Pruner()]
-    names = list(dict.fromkeys(prune.split(",")))
+    names = [name for part in prune.split(",") for name in (list(METHODS)[1:] if part == "all" else [part])]
+    names = list(dict.fromkeys(names))
     chosen = {find(name).name: (name, {}) for name in names}
     if len(chosen) < len(names):
         raise ValueError(f"--prune {prune}: two methods have the same name")
@@ -220,6 +230,9 @@ def check(args: argparse.Namespace, pruners: list[Pruner]):
     """ValueError with one line for what would fail only after the last question."""
     if args.questions < 1:
         raise ValueError(f"--questions is {args.questions}, but must be at least 1")
+    for kind in kinds_of(args):
+        if kind not in KINDS:
+            raise ValueError(f"--kinds: no question is of kind {kind!r}; choose of {', '.join(KINDS)}")
     if args.prune is not None and args.skip_layer is not None:
         raise ValueError("--skip-layer is of the full model: it does not go with --prune")
     if args.plot is not None:
@@ -231,6 +244,10 @@ def check(args: argparse.Namespace, pruners: list[Pruner]):
             raise ValueError(f"{option} {path}: there is no folder {path.parent}; create it first")
         if path is not None and path.exists() and not path.is_file():
             raise ValueError(f"{option} {path}: this is not a file; choose another name")
+
+
+def kinds_of(args: argparse.Namespace) -> list[str]:
+    return list(KINDS) if args.kinds is None else list(dict.fromkeys(args.kinds.split(",")))
 
 
 def command(args: argparse.Namespace):
@@ -256,11 +273,13 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close(assistant.model, args.skip_layer)
-    papers = exam(args.questions)
+    papers = exam(args.questions, kinds=kinds_of(args))
     records = evaluate(assistant, papers, pruners, args.prune is not None, done, store)
     made = figures(settings, papers, records, opened)
     if args.prune is None:
         print_full(full_score(papers, records), opened)
+        if (share := made["rows"][0]["wrong_yes"]) is not None:
+            print(f"wrong yes  {share:6.1%} of questions whether something is there that is not")
     if store:
         store.finish(made)
     return made
@@ -268,7 +287,8 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
 
 def print_full(score: Score, opened: list[tuple[float, float]]):
     for kind in KINDS:
-        print(f"{kind:10} {score.share(kind):6.1%} of {score.asked[kind]}")
+        if score.asked[kind]:
+            print(f"{kind:10} {score.share(kind):6.1%} of {score.asked[kind]}")
     print(f"{'mean':10} {score.mean():6.1%} over kinds, {score.share('all'):.1%} of all {score.asked['all']}")
     print("tiles     ", ", ".join(f"{r}x{c} {score.share((r, c)):.1%}" for r, c in RATIOS))
     print("gates     ", ", ".join(f"{attention:.2f}/{mlp:.2f}" for attention, mlp in opened))

@@ -125,14 +125,16 @@ class Assistant:
             self.decode = Compiled(self.model.decode, device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
-    def look(self, pictures: list[Image.Image], pruner: Pruner | None = None) -> Picture:
-        """Encode RGB pictures, once for any number of questions; the pruner may shrink them first."""
+    def look(self, pictures: list[Image.Image], pruner: Pruner | None = None,
+             vision: bool = False) -> Picture:
+        """Encode RGB pictures, once for any number of questions; the pruner may shrink them first. What the
+        encoder knows beside is kept where it needs that, or with `vision`."""
         whole = self.processor(pictures)
         pruner = Pruner() if pruner is None or pruner.keeps_all else pruner
         tiles = pruner.pictures(pictures, self.processor)                       # moment 0
         clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
-            tokens = self.model.encode([tiles], "vision" in pruner.needs)
+            tokens = self.model.encode([tiles], vision or "vision" in pruner.needs)
         real = self.model.image_tokens(whole.grid.tolist())
         slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
         return Picture(tiles, tokens, clock.lap(), slots, real)

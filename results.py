@@ -98,6 +98,11 @@ def figures(settings: dict, papers: Papers, records: list[dict], gates: list[tup
     return made
 
 
+def denied(question: Question) -> bool:
+    """Whether it asks if something is there that is not: the answer yes would make it up."""
+    return question.kind == "exists" and question.answer == "no"
+
+
 def full_score(papers: Papers, records: list[dict]) -> Score:
     return Score.of(papers, [record["rows"][0]["right"] for record in records])
 
@@ -110,12 +115,17 @@ def figures_of_row(method: str, keep: float | int, knobs: dict, asked: list[dict
 
     right = [picture["right"] for picture in asked]
     score, kept = Score.of(papers, right), Score.of(papers, [picture["kept"] for picture in asked])
+    absent = sum(denied(question) for _, questions in papers for question in questions)
+    wrong_yes = sum(sum(picture["wrong_yes"]) for picture in asked)
     _, low, high = paired(right, full)
     whole = Score.of(papers, full).share("all")
     return {"method": method, "keep": keep, "knobs": knobs, "kept": kept.share("all"),
             "accuracy": score.share("all"), "low": whole + low, "high": whole + high,
             "accuracy_by_kind": score.shares(list(KINDS)), "kept_by_kind": kept.shares(list(KINDS)),
+            "wrong_yes": wrong_yes / absent if absent else None,
+            "early": Score.of(papers, [picture["early"] for picture in asked]).share("all"),
             "image_kv_bytes": total("image_kv_bytes") / score.asked["all"],
+            "image_kv_stored": total("image_kv_stored") / score.asked["all"],
             "prefill_ms": total("prefill_ms") / len(asked),
             "decode_ms": total("decode_ms") / max(1, total("steps")),
             "right": " ".join("".join(str(int(answer)) for answer in answers) for answers in right)}
@@ -178,14 +188,14 @@ class Store:
 
 
 def table(made: dict) -> str:
-    """The rows as aligned text: percentages, image KV for one question, milliseconds of a batch's prefill and
-    of one decode step. Below it the knobs that are set, and how alike the layers look at the image."""
+    """The rows as aligned text: percentages, image KV read for one question, milliseconds of prefill
+    and of one decode step. Below it the knobs that are set, and how alike the layers look at the image."""
     short = [kind if len(kind) < 6 else kind[:4] + "." for kind in KINDS]
-    lines = [["method", "keep", "kept", "accuracy", *short, "image KV", "prefill", "decode"]]
+    lines = [["method", "keep", "kept", "accuracy", *short, "wrong yes", "image KV", "prefill", "decode"]]
     for row in made["rows"]:
         band = f"{percent(row['accuracy'])} [{percent(row['low'])}, {percent(row['high'])}]"
         lines.append([row["method"], str(row["keep"]), percent(row["kept"]) + "%", band,
-                      *(percent(row["accuracy_by_kind"][kind]) for kind in KINDS),
+                      *(percent(row["accuracy_by_kind"][kind]) for kind in KINDS), percent(row["wrong_yes"]),
                       size(row["image_kv_bytes"]), f"{row['prefill_ms']:.3g} ms",
                       f"{row['decode_ms']:.3g} ms"])
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -12,7 +12,7 @@ from PIL import Image
 import evaluate
 import generate
 from model.image_tokens import ImageTokens
-from pruning import Pruner, load
+from pruning import METHODS, Pruner, load
 from results import Score, Store, full_score, paired, plot
 from scenes.draw import RATIOS, split_of
 from scenes.questions import KINDS
@@ -127,7 +127,8 @@ def test_rows_of_a_sweep(sweep):
     assert [[row["method"], row["keep"]] for row in rows] == ROWS
     assert [row["knobs"] for row in rows] == [{}, {"seed": 3}, {"seed": 3}, {}, {}]
     assert all(set(row) == {"method", "keep", "knobs", "kept", "accuracy", "low", "high", "accuracy_by_kind",
-                            "kept_by_kind", "image_kv_bytes", "prefill_ms", "decode_ms", "right"}
+                            "kept_by_kind", "image_kv_bytes", "image_kv_stored", "prefill_ms", "decode_ms",
+                            "right", "wrong_yes", "early"}
                for row in rows)
     for row in rows:
         assert row["accuracy"] == row["right"].count("1") / 12 and row["low"] <= row["high"]
@@ -162,7 +163,7 @@ def test_layers_are_compared(sweep):
 def test_table_is_aligned_and_narrow(sweep):
     lines = (sweep / "out.txt").read_text().splitlines()
     assert [line.split()[:2] for line in lines[1:6]] == [[method, str(keep)] for method, keep in ROWS]
-    assert len(set(map(len, lines[:6]))) == 1 and len(lines[0]) <= 124
+    assert len(set(map(len, lines[:6]))) == 1 and len(lines[0]) <= 132
     assert lines[6] == "random: seed 3" and "two layers" in lines[7] and len(lines) == 8
 
 
@@ -193,18 +194,36 @@ def test_redrawing_asks_nothing(sweep, run, monkeypatch, tmp_path):
 def test_only_shrunk_pictures_are_encoded_again_and_steps_are_counted(assistant, monkeypatch):
     calls = Counter()
 
-    def counted(name, original, *args):
+    def counted(name, original, *args, **named):
         calls[name] += 1
-        return original(*args)
+        return original(*args, **named)
 
     for owner, name in (assistant, "look"), (assistant, "decode"):
         monkeypatch.setattr(owner, name, partial(counted, name, getattr(owner, name)))
     scene, questions = evaluate.exam(9)[2]
     pruners = [Pruner(), load("random", keep=20), load("downsample", keep=0.5), load("downsample", keep=1.0)]
     record = evaluate.examine(assistant, scene, questions, pruners, compare_layers=False)
-    assert calls == {"look": 2, "decode": sum(row["steps"] for row in record["rows"])}
+    assert calls == {"look": 2, "decode": sum(row["steps"] for row in record["rows"][:3])}
+    assert record["rows"][3] is record["rows"][0]                       # keeps all: not asked again
     assert record["rows"][0]["kept"] == record["rows"][3]["kept"] == [1] * len(questions)
     assert record["alike"] is None
+
+
+def test_every_method_at_once():
+    pruners = evaluate.plan("all,random", "0.5,0.1", ["random.seed=3"])
+    assert [pruner.name for pruner in pruners[1::2]] == list(METHODS)[1:]
+    assert [pruner.keep for pruner in pruners[1:3]] == [0.5, 0.1]
+
+
+def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("model.prompt.Prompter.decode", lambda *_: "yes")
+    out = run("--questions", 12, "--kinds", "exists", "--json", tmp_path / "out.json").out
+    papers = evaluate.exam(12, kinds=["exists"])
+    answers = Counter(question.answer for _, questions in papers for question in questions)
+    made = json.loads((tmp_path / "out.json").read_text())
+    assert answers.total() == 12 and set(answers) == {"yes", "no"}
+    assert made["accuracy"] == answers["yes"] / 12 and made["rows"][0]["wrong_yes"] == 1
+    assert "wrong yes  100.0%" in out and "exists" in out and "colour" not in out
 
 
 def test_methods_of_ones_own(run, tmp_path):
@@ -339,7 +358,8 @@ def test_progress_says_how_long_it_takes(capsys):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--questions", "0"], "at least 1"), (["--skip-layer", "9"], "cross-attention layers 0 to 2"),
+    (["--questions", "0"], "at least 1"), (["--kinds", "taste"], "no question is of kind 'taste'"),
+    (["--skip-layer", "9"], "cross-attention layers 0 to 2"),
     (["--model", "nowhere"], "neither"), (["--frobnicate"], "unrecognized"),
     (["--questions", "1", "--json", "/nonexistent/x.json"], "no folder /nonexistent"),
     (["--json", "."], "not a file"),
