@@ -23,6 +23,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.measure import ceilings, in_turns, machine
+from benchmarks.methods import methods
 from benchmarks.parts import EAGER, PEER, WHOLE, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
@@ -30,7 +31,7 @@ from benchmarks.waterfall import pace, waterfall
 from generate import Parser, parse_pruner
 from model.config import Config
 from model.prompt import check_length
-from pruning import Pruner, load
+from pruning import Pruner, load, several
 from report import fail, say
 from results import check_plot
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
@@ -51,11 +52,12 @@ def arguments() -> argparse.Namespace:
     add("--new-tokens", type=int, default=32, metavar="N", help="that are timed in decode; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
-    add("--set", action="append", default=[], metavar="K=V", help="another knob of it")
+    add("--set", action="append", default=[], metavar="K=V", help="another knob of it; P.K=V with --methods")
     add("--against", choices=[PEER], help="on the same weights, in turns")
     add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
     add("--waterfall", action="store_true", help="only what each lever of decoding gains, one after another")
+    add("--methods", metavar="P,...", help="only what each method adds and holds, of these or 'all'")
     add("--json", metavar="F", help="write all of it")
     add("--plot", metavar="F", help="draw it: .png, .svg or .pdf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
@@ -81,8 +83,14 @@ def command(args: argparse.Namespace):
         bench = Bench(args, subject, peer, pruners, ceilings(device))
         settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
         made = {"machine": machine(device), "versions": versions(peer), "command": spoken(sys.argv[1:]),
-                "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": []}
-        if args.waterfall:
+                "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": [],
+                "methods": []}
+        if args.methods is not None:
+            say("methods")
+            made |= {"about": bench.about(args.batch[0], args.tiles[0]),
+                     "methods": methods(subject, pruners, args.batch[0], args.tiles[0], args.prompt_tokens,
+                                        args.new_tokens, args.repeat, args.model is None)}
+        elif args.waterfall:
             say("waterfall")
             made |= {"about": bench.about(args.batch[0], args.tiles[0]),
                      "waterfall": waterfall(subject, peer, pruners[-1], args.batch[0], args.tiles[0],
@@ -100,7 +108,8 @@ def command(args: argparse.Namespace):
 
 def check(args: argparse.Namespace) -> list[Pruner]:
     """The methods to measure, the whole image first; every ValueError that needs no model is raised here."""
-    preset = TABLE2 if args.preset else {"batch": [1], "tiles": [1] if args.waterfall else [1, 4]}
+    one = args.waterfall or args.methods
+    preset = TABLE2 if args.preset else {"batch": [1], "tiles": [1] if one else [1, 4]}
     args.batch, args.tiles = args.batch or preset["batch"], args.tiles or preset["tiles"]
     for name in "layers", "batch", "tiles", "prompt_tokens", "new_tokens", "repeat":
         value = getattr(args, name)
@@ -110,6 +119,9 @@ def check(args: argparse.Namespace) -> list[Pruner]:
         raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
+    if args.methods is not None and (args.preset or args.waterfall or args.prune or args.against):
+        raise ValueError("--methods is a measurement of its own: leave out --preset, --waterfall, --prune "
+                         "and --against")
     if args.prune is None and (args.waterfall or args.preset and args.keep is not None):
         args.prune = "trimmed_llama"
     if args.plot is not None:
@@ -120,6 +132,8 @@ def check(args: argparse.Namespace) -> list[Pruner]:
             raise ValueError(f"--{name} {path}: not a file in a folder that exists")
     if args.against is not None:
         import_transformers()
+    if args.methods is not None:
+        return [Pruner(), *several(args.methods, ["0.25" if args.keep is None else args.keep], args.set)]
     own = parse_pruner(args)
     kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
     return [Pruner(), *kept, *([] if own is None or own.keeps_all else [own])]

@@ -28,7 +28,7 @@ from model.decoder import CrossAttentionLayer
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
 from model.prompt import messages
-from pruning import METHODS, Pruner, column_mass, find, load, moments, parse_knob, parse_number, top
+from pruning import Pruner, column_mass, moments, several, top
 from report import Picture, fail, mean, say
 from results import Papers, Score, Store, check_plot, denied, figures, full_score, plot, table
 from scenes.draw import RATIOS, Scene, draw, make_scene
@@ -209,20 +209,7 @@ def plan(prune: str | None, keep: str | None, settings: list[str]) -> list[Prune
         if keep is not None or settings:
             raise ValueError("--keep and --set are knobs of methods: name these with --prune")
         return [Pruner()]
-    names = [name for part in prune.split(",") for name in (list(METHODS)[1:] if part == "all" else [part])]
-    names = list(dict.fromkeys(names))
-    chosen = {find(name).name: (name, {}) for name in names}
-    if len(chosen) < len(names):
-        raise ValueError(f"--prune {prune}: two methods have the same name")
-    for text in settings:
-        where, value = parse_knob(text)
-        method, dot, knob = where.rpartition(".")
-        if not dot or method not in chosen or knob == "keep":
-            raise ValueError(f"--set {text!r}: give it as method.knob=value, of {', '.join(chosen)}; "
-                             "--keep is for all methods")
-        chosen[method][1][knob] = value
-    pruners = [load(name, keep=parse_number(text), **knobs) for name, knobs in chosen.values()
-               for text in (KEEPS if keep is None else keep).split(",")]
+    pruners = several(prune, (KEEPS if keep is None else keep).split(","), settings)
     return [Pruner(), *(pruner for pruner in pruners if type(pruner) is not Pruner)]
 
 

@@ -25,7 +25,7 @@ def text(made: dict) -> str:
 
 
 def all_tables(made: dict) -> list[Table]:
-    return [table for table in (main_table(made), table2(made), bars(made)) if len(table) > 1]
+    return [table for table in (main_table(made), table2(made), bars(made), costs(made)) if len(table) > 1]
 
 
 def main_table(made: dict) -> Table:
@@ -70,6 +70,21 @@ def bars(made: dict) -> Table:
     return [["decode, a token", "time", "times as fast as the line before"],
             *([bar["step"], milliseconds(bar["ms"]), dash(bar["gain"], "{:.2f}".format)]
               for bar in made["waterfall"])]
+
+
+def costs(made: dict) -> Table:
+    """What each method adds to prefill and to a decoded token, by its own work and all in all, and what it
+    holds and reads of the image."""
+    head = ["method", "own work in prefill", "a token", "prefill", "more than all", "decode, a token",
+            "more than all", "image KV stored", "read a token"]
+    lines = []
+    for row in made["methods"]:
+        line = [f"{row['method']} {row['keep']:g}", milliseconds(row["own_prefill_ms"]),
+                milliseconds(row["own_token_ms"])]
+        for name in "prefill_ms", "token_ms":
+            line += [milliseconds(row[name]), f"{row[name] - made['methods'][0][name]:+.3g} ms"]
+        lines.append([*line, size(row["stored_bytes"]), size(row["read_bytes"])])
+    return [head, *lines]
 
 
 def notes(made: dict) -> list[str]:

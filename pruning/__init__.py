@@ -15,7 +15,7 @@ from pruning.trimmed_llama import TrimmedLlama
 METHODS = {method.name: method for method in (Pruner, TrimmedLlama, FastV, Random, Spatial, Downsample)}
 
 __all__ = ["METHODS", "EachLayer", "OneChoice", "Prompts", "Pruner", "catalogue", "column_mass", "find",
-           "knobs", "load", "moments", "parse_knob", "parse_number", "top"]
+           "knobs", "load", "moments", "parse_knob", "parse_number", "several", "top"]
 
 
 def load(method: str, /, **settings) -> Pruner:
@@ -28,6 +28,26 @@ def load(method: str, /, **settings) -> Pruner:
         raise ValueError(f"{method} has no knob {min(unknown)!r}; it has "
                          + ", ".join(f"{name}: {what}" for name, what in knobs(found).items()))
     return found(**settings)
+
+
+def several(methods: str, keeps: list[str], settings: list[str]) -> list[Pruner]:
+    """Every method of a list "a,b" (or "all") at every keep ratio; `settings` are "method.knob=value".
+
+    Raises ValueError with one line for bad input of a command line.
+    """
+    names = [name for part in methods.split(",") for name in (list(METHODS)[1:] if part == "all" else [part])]
+    names = list(dict.fromkeys(names))
+    chosen = {find(name).name: (name, {}) for name in names}
+    if len(chosen) < len(names):
+        raise ValueError(f"{methods}: two methods have the same name")
+    for text in settings:
+        where, value = parse_knob(text)
+        method, dot, knob = where.rpartition(".")
+        if not dot or method not in chosen or knob == "keep":
+            raise ValueError(f"--set {text!r}: give it as method.knob=value, of {', '.join(chosen)}; "
+                             "--keep is for all methods")
+        chosen[method][1][knob] = value
+    return [load(name, keep=parse_number(keep), **knobs) for name, knobs in chosen.values() for keep in keeps]
 
 
 def catalogue() -> str:

@@ -310,6 +310,20 @@ def test_the_real_transformers(subject):
     assert rows["image_kv"]["ratio"] == 4 and rows["decode"]["peer"] == f"transformers {peer.version}, eager"
 
 
+def test_what_methods_add(run):
+    out, made = run("--methods", "random,fastv", "--keep", "0.5", "--set", "fastv.when=step", "--tiles", "2")
+    whole, random, fastv = made["methods"]
+    assert [row["method"] for row in made["methods"]] == ["none", "random", "fastv"] and made["rows"] == []
+    image = 2 * CONFIG.vision.tokens_per_tile
+    text, layers = CONFIG.text, len(CONFIG.text.cross_attention_layers)
+    token = 2 * 2 * text.num_key_value_heads * text.head_dim                        # bytes in one layer, bf16
+    assert whole["stored_bytes"] == whole["read_bytes"] == image * layers * token
+    assert random["stored_bytes"] == random["read_bytes"] == image // 2 * layers * token
+    assert fastv["stored_bytes"] >= whole["stored_bytes"] > fastv["read_bytes"]     # it chooses from all again
+    assert fastv["own_token_ms"] > random["own_token_ms"] and random["own_prefill_ms"] > 0
+    assert all(word in out for word in ("random 0.5", "fastv 0.5", "image KV stored"))
+
+
 # ----- the page, the drawing
 
 
