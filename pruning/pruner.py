@@ -118,7 +118,8 @@ class Pruner:
     def __str__(self) -> str:
         """For people: the method, its keep ratio, and the knobs that are not at their default."""
         others = [f"{knob} {value}" for knob, value in self.knobs_set().items()]
-        return ", ".join([self.name, f"keep {self.keep} {self.unit}".strip(), *others])
+        keep = [] if self.keep is None else [f"keep {self.keep} {self.unit}".strip()]
+        return ", ".join([self.name, *keep, *others])
 
     def knobs_set(self) -> dict[str, object]:
         """The knobs, other than keep, that are not at their default."""
@@ -200,7 +201,8 @@ def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Ten
             there = there[:, None] if there.ndim < scores.ndim else there[:, 0]
         n = count(keep, there.sum(-1, keepdim=True))
         ours = scores.masked_fill(~there, -math.inf)
-        least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest
+        most = max(1, int(n.max()))
+        least = ours.topk(most, dim=-1).values.take_along_dim((n - 1).clamp(min=0), -1)     # the n-th highest
         above, equal = ours > least, ours == least
         room = n - above.sum(-1, keepdim=True)
         kept |= there & (above | (equal & (equal.cumsum(-1) <= room)))

@@ -319,7 +319,7 @@ def test_what_methods_add(run):
     token = 2 * 2 * text.num_key_value_heads * text.head_dim                        # bytes in one layer, bf16
     assert whole["stored_bytes"] == whole["read_bytes"] == image * layers * token
     assert random["stored_bytes"] == random["read_bytes"] == image // 2 * layers * token
-    assert fastv["stored_bytes"] >= whole["stored_bytes"] > fastv["read_bytes"]     # it chooses from all again
+    assert fastv["stored_bytes"] >= whole["stored_bytes"] > fastv["read_bytes"]     # chooses from all again
     assert fastv["own_token_ms"] > random["own_token_ms"] and random["own_prefill_ms"] > 0
     assert all(word in out for word in ("random 0.5", "fastv 0.5", "image KV stored"))
 

@@ -40,7 +40,7 @@ def compiled() -> Assistant:
 @pytest.fixture(scope="module")
 def scenes(plain) -> list[tuple[Picture, list[list[dict]]]]:
     papers = exam(3 * PICTURES)
-    return [(plain.look([draw(scene)]), [messages(question.text, 1) for question in questions])
+    return [(plain.look([draw(scene)], vision=True), [messages(question.text, 1) for question in questions])
             for scene, questions in papers]
 
 

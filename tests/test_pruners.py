@@ -31,6 +31,15 @@ KNOBS = {
     "fastv": [{"keep": 3, "rows": "all"}, {"keep": 0.4, "full_layers": 0, "seed": 3},
               {"keep": 0.3, "full_layers": 2, "early_caches": "trim"}, {"keep": 0.3, "when": "boundary"},
               {"keep": 0.3, "when": "step", "early_caches": "trim"}],
+    "elastic_cache": [{"keep": 3, "bucket_scope": "sequence"}, {"keep": 0.3, "drop": True},
+                      {"keep": 0.3, "mass_bias": True, "protect_cls": True}],
+    "csp": [{"keep": 3, "heads": "layer"}, {"keep": 0.3, "n": 0.0, "obs_rows": 2}],
+    "aircache": [{"keep": 3, "alpha": 0.3}, {"keep": 0.2, "strength": "none", "alpha": 0.0},
+                 {"keep": 0.9, "alpha": 1.0}],
+    "zipvl": [{"tau": 0.8}, {"tau": 0.6, "heads": "kv_head"}, {"tau": 0.7, "when": "boundary"},
+              {"keep": 3, "heads": "kv_head"}, {"tau": 0.3, "when": "boundary", "heads": "kv_head"}],
+    "topv": [{"keep": 7, "mode": "balanced", "stride": 0}, {"keep": 0.5, "scope": "tile", "stride": 2},
+             {"keep": 0.4, "mode": "one_sided", "gamma": 1.0}],
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 ALWAYS = {}
@@ -86,7 +95,7 @@ def test_keeping_all_changes_nothing_at_any_moment(make, network, see, ask):
     pruner, image = whole(make), see(network, GRIDS)
     with patch.object(type(pruner), "keeps_all", False):
         assert torch.equal(see(network, GRIDS, pruner=pruner).features, image.features)
-        pruned = ask(network, PROMPTS, image, pruner, steps=5)
+        pruned = ask(network, PROMPTS, see(network, GRIDS, pruner=pruner), pruner, steps=5)
     plain = ask(network, PROMPTS, image, steps=5)
     assert torch.equal(plain.logits, pruned.logits) and plain.answer.kept == pruned.answer.kept
     with patch.object(Pruner, "keeps_all", False):
