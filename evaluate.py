@@ -8,6 +8,7 @@ runs may be stopped: with `--json FILE` what is done stands in FILE.part, and th
 `results.py` makes figures of the answers, and puts error bands around them.
 """
 import argparse
+import math
 import random
 import sys
 import time
@@ -20,6 +21,7 @@ from pathlib import Path
 warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
 
 import torch
+from PIL import ImageFilter
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -52,21 +54,21 @@ def exam(count: int, split: str = "test", kinds: Sequence[str] = tuple(KINDS)) -
         possible = (question for kind in wanted if (question := ask(scene, rng, kind)) is not None)
         questions = [question for question, _ in zip(possible, range(min(PER_PICTURE, left)), strict=False)]
         asked.update(question.kind for question in questions)
-        papers.append((scene, questions))
+        papers += [(scene, questions)] if questions else []
         index += 1
     return papers
 
 
 def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (Pruner(),),
-             compare_layers: bool = False, done: Sequence[dict] = (),
-             store: Store | None = None) -> list[dict]:
+             compare_layers: bool = False, done: Sequence[dict] = (), store: Store | None = None,
+             blur: float = 0) -> list[dict]:
     """Ask everything with every pruner, greedily: the records of all pictures, as `examine` makes them.
 
     `done` are those of the first pictures, from an earlier run; each new one is added to `store`.
     """
     records, began = list(done), time.monotonic()
     for scene, questions in papers[len(done):]:
-        records.append(examine(assistant, scene, questions, pruners, compare_layers))
+        records.append(examine(assistant, scene, questions, pruners, compare_layers, blur))
         if store:
             store.add(records[-1])
         if sys.stderr.isatty():
@@ -76,11 +78,11 @@ def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (
 
 
 def examine(assistant: Assistant, scene: Scene, questions: list[Question], pruners: Sequence[Pruner],
-            compare_layers: bool) -> dict:
+            compare_layers: bool, blur: float = 0) -> dict:
     """A picture's questions in one batch, with every pruner. Of each pruner: which answers are `right`, which
     say yes to what is not there (`wrong_yes`) and which a smaller model gave (`early`), the share `kept` of
     the image tokens for each question, and bytes, times and decode `steps` of the batch."""
-    drawn = [draw(scene)]
+    drawn = [draw(scene).filter(ImageFilter.GaussianBlur(blur)) if blur else draw(scene)]
     whole = assistant.look(drawn, vision=any("vision" in pruner.needs for pruner in pruners))
     turns, rows = [messages(question.text, 1) for question in questions], []
     for pruner in pruners:
@@ -170,8 +172,8 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     """All that the answers depend on: partial or complete results of other settings are never used."""
     files = [name.rpartition(":")[0] for name in (args.prune or "").split(",") if ":" in name]
     return {"model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
-            "questions": args.questions, "kinds": args.kinds, "skip_layer": args.skip_layer,
-            "device": args.device,
+            "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
+            "skip_layer": args.skip_layer, "device": args.device,
             "dtype": args.dtype, "files": {name: zlib.crc32(Path(name).read_bytes()) for name in files},
             "rows": [[pruner.name, pruner.keep, pruner.knobs_set()] for pruner in pruners]}
 
@@ -192,6 +194,7 @@ def arguments() -> argparse.Namespace:
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--questions", type=int, default=2000, metavar="N", help="default 2000")
     add("--kinds", metavar="K,...", help=f"of question; default {','.join(KINDS)}")
+    add("--blur", type=float, default=0, metavar="R", help="blur the pictures: a Gaussian of R pixels")
     add("--skip-layer", type=int, metavar="I", help="close cross-attention layer I")
     add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS")
     add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
@@ -217,6 +220,8 @@ def check(args: argparse.Namespace, pruners: list[Pruner]):
     """ValueError with one line for what would fail only after the last question."""
     if args.questions < 1:
         raise ValueError(f"--questions is {args.questions}, but must be at least 1")
+    if not 0 <= args.blur < math.inf:
+        raise ValueError(f"--blur is {args.blur}, but must be 0 or more pixels")
     for kind in kinds_of(args):
         if kind not in KINDS:
             raise ValueError(f"--kinds: no question is of kind {kind!r}; choose of {', '.join(KINDS)}")
@@ -261,7 +266,7 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
     if args.skip_layer is not None:
         close(assistant.model, args.skip_layer)
     papers = exam(args.questions, kinds=kinds_of(args))
-    records = evaluate(assistant, papers, pruners, args.prune is not None, done, store)
+    records = evaluate(assistant, papers, pruners, args.prune is not None, done, store, args.blur)
     made = figures(settings, papers, records, opened)
     if args.prune is None:
         print_full(full_score(papers, records), opened)

@@ -226,6 +226,13 @@ def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
     assert "wrong yes  100.0%" in out and "exists" in out and "colour" not in out
 
 
+def test_blurred_pictures_are_harder(assistant):
+    papers = evaluate.exam(12, kinds=["character"])
+    sharp, blurred = (evaluate.evaluate(assistant, papers, blur=blur) for blur in (0, 8))
+    right = [sum(sum(record["rows"][0]["right"]) for record in records) for records in (sharp, blurred)]
+    assert right[0] >= 10 and right[1] <= 6
+
+
 def test_methods_of_ones_own(run, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     name = f"{tmp_path}/mine.py:Mine"
@@ -358,7 +365,8 @@ def test_progress_says_how_long_it_takes(capsys):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--questions", "0"], "at least 1"), (["--kinds", "taste"], "no question is of kind 'taste'"),
+    (["--questions", "0"], "at least 1"), (["--blur", "-1"], "0 or more pixels"),
+    (["--kinds", "taste"], "no question is of kind 'taste'"),
     (["--skip-layer", "9"], "cross-attention layers 0 to 2"),
     (["--model", "nowhere"], "neither"), (["--frobnicate"], "unrecognized"),
     (["--questions", "1", "--json", "/nonexistent/x.json"], "no folder /nonexistent"),
