@@ -56,6 +56,8 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     seen = [0] * len(prompts) if image is None else model.tokens_seen(input_ids, lengths, image)
     if pruner is None or pruner.keeps_all or image is None:
         pruner = Pruner()                                                       # bit for bit the whole model
+    if "vision" in pruner.needs and image.vision is None:
+        raise ValueError(f"{pruner.name} needs what the encoder knows of the image: give encode vision=True")
 
     clock, rows, branches, decode = Clock(device), [*range(len(prompts))], 1, decode or model.decode
     layers = len(model.language_model.cross_layers)

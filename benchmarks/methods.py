@@ -5,7 +5,7 @@ timed from outside, and with the clock on its own moments, which on a GPU drains
 work is what its moments take, and the difference to the whole image is what it costs or gains all in all: a
 second branch that decoding reads is in the latter alone. Encoding the picture counts for nobody. Bytes read
 are those that attention reads at a step; what a method looks up itself to choose is its own work. Where
-weights are random, a guide is a random smaller model, and a method that learns has not.
+weights are random, so are those of a guide and of what is trained.
 """
 import json
 import statistics
@@ -14,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.subject import Greedy, Subject, Timed, cut, random_model
@@ -21,9 +22,11 @@ from model.cache import Cache
 from model.config import Config
 from model.image_tokens import ImageTokens, kv_bytes
 from pruning import Pruner
+from pruning.quecc import Compressor
 from report import Clock, say
 from weights import save_model
 
+STRIDE = 2              # patches along a region that is compressed: about a quarter of the tokens are left
 GUIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
@@ -49,18 +52,22 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
 
 
 def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
-    """With a guide that fits, in the folder, if it has one; and untrained, if it learns."""
+    """With a guide, or a compressor, that fits in place of the bundled one, if it has any; in the folder."""
     names = {field.name for field in fields(pruner)}
-    if "guide" in names and not (folder / "config.json").exists():
-        config = cut(config, config.text.cross_attention_layers[0] + 1)
-        config = replace(config, text=replace(config.text, **GUIDE))
-        save_model(random_model(config, torch.device("cpu"), torch.bfloat16), folder)
-        said = {"model_type": "mllama", "image_token_index": config.image_token_index,
-                "text_config": asdict(config.text), "vision_config": asdict(config.vision)}
-        said["vision_config"]["attention_heads"] = config.vision.num_attention_heads
+    if "guide" in names:
+        small = cut(config, config.text.cross_attention_layers[0] + 1)
+        small = replace(small, text=replace(small.text, **GUIDE))
+        save_model(random_model(small, torch.device("cpu"), torch.bfloat16), folder)
+        said = {"model_type": "mllama", "image_token_index": small.image_token_index,
+                "text_config": asdict(small.text), "vision_config": asdict(small.vision)}
+        said["vision_config"]["attention_heads"] = small.vision.num_attention_heads
         (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
-    knobs = {"guide": str(folder), "weights": "untrained"}
-    return replace(pruner, **{name: value for name, value in knobs.items() if name in names})
+    if "weights" in names:
+        vision = config.vision
+        compressor = Compressor(vision.hidden_size, vision.output_dim, config.text.hidden_size, STRIDE)
+        tokens = (-(-vision.patches_per_side // STRIDE)) ** 2
+        save_file(compressor.state_dict(), folder / f"quecc_{tokens}.safetensors")
+    return replace(pruner, **{name: str(folder) for name in ("guide", "weights") if name in names})
 
 
 def read_bytes(cache: Cache) -> float:

@@ -18,7 +18,6 @@ from benchmarks.measure import in_turns, peak_added, timed
 from benchmarks.peer import Peer
 from benchmarks.subject import Greedy, Subject, Timed, grid_of
 from benchmarks.waterfall import pace
-from model.compiled import Compiled
 from model.image import Grid, Tiles
 from model.image_tokens import ImageTokens
 from pruning import Pruner
@@ -46,7 +45,7 @@ class Bench:
                  ceilings: dict[str, float]):
         self.args, self.subject, self.peer, self.ceilings = args, subject, peer, ceilings
         self.pruners = {WHOLE: pruners[0], **{str(pruner): pruner for pruner in pruners[1:]}}
-        self.compiled: dict[str, Compiled] = {}
+        self.compiled: dict[str, Callable] = {}
 
     def run(self, tiles: int, made: dict):
         """All parts for a picture of so many tiles."""
@@ -140,8 +139,7 @@ class Bench:
         for name, pruner in self.pruners.items():
             decoders = {EAGER: subject.model.decode}
             if args.compile:
-                decoders[COMPILED] = self.compiled.setdefault(
-                    name, Compiled(subject.model.decode, subject.device))
+                decoders[COMPILED] = self.compiled.setdefault(name, subject.compiled())
             for how, decode in decoders.items():
                 start = subject.read(ids, picture.images[name], room, pruner)
                 jobs[name, how] = Greedy(decode, *start, each, pruner)

@@ -100,6 +100,11 @@ class Subject:
     def dtype(self) -> torch.dtype:
         return self.model.lm_head.weight.dtype
 
+    def compiled(self) -> Callable[[Tensor, Cache], Tensor]:
+        """Our decode step, compiled anew; imported here, for a compiler takes seconds to import."""
+        from model.compiled import Compiled
+        return Compiled(self.model.decode, self.device)
+
     def tiles(self, count: int, pruner: Pruner) -> Tiles:
         """A random picture that fills `count` tiles, on the device, as the pruner's moment 0 leaves it."""
         vision, (rows, columns) = self.config.vision, grid_of(self.config.vision, count)

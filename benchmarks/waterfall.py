@@ -19,7 +19,6 @@ from benchmarks.measure import in_turns
 from benchmarks.peer import Peer
 from benchmarks.subject import Greedy, Subject, grid_of
 from model.cache import Cache
-from model.compiled import Compiled
 from model.image_tokens import ImageKV
 from model.llama_vision import LlamaVision
 from pruning import Pruner
@@ -77,7 +76,7 @@ def waterfall(subject: Subject, peer: Peer | None, pruner: Pruner, batch: int, t
         jobs[name] = Greedy(lever, logits, cache, each)
     for name, keeps in ("compiled", whole), (f"pruned ({pruner})", pruner):
         logits, cache = subject.read(ids, model.encode([subject.tiles(tiles, keeps)]), room, keeps)
-        jobs[name] = Greedy(Compiled(model.decode, subject.device), logits, cache, each, keeps)
+        jobs[name] = Greedy(subject.compiled(), logits, cache, each, keeps)
     samples = in_turns(jobs, pieces, subject.device, warm_up)
     times = {name: statistics.median(ms) / each for name, ms in samples.items()}
     before = [None, *times.values()]

@@ -61,8 +61,10 @@ class Compiled:
             everywhere = torch.ones_like(cache.positions, dtype=torch.bool)[:, None, None]
             cache.rows = self._buffer("rows", everywhere if cache.rows is None else cache.rows)
         for i, kv in enumerate(cache.images):
-            if kv.key is not self.buffers.get(f"image keys {i}"):
-                cache.images[i] = self._image_buffers(i, kv, rounded_up(kv.key.shape[2], self.bucket))
+            held = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
+            if kv.key is not held[0] or kv.mask is not held[1]:
+                length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # a length of 1 is no variable
+                cache.images[i] = self._image_buffers(i, kv, length)
 
     def _image_buffers(self, layer: int, kv: ImageKV, length: int) -> ImageKV:
         shape = kv.key.shape[:3]

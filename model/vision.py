@@ -158,7 +158,7 @@ class VisionAttention(nn.Module):
         k, v = (split_heads(proj(x), self.heads) for proj in (self.k_proj, self.v_proj))
         n = layout.real
         keys = layout.keys.to(x.device)
-        real = attend(q[:, :, :n], k[:, :, keys], v[:, :, keys])
+        real = attend(q[:, :, :n], k.index_select(2, keys), v.index_select(2, keys))
         padding = attend(q[:, :, n:], k[:, :, :n], v[:, :, :n])
         return self.o_proj(torch.cat((real, padding), dim=1))
 

@@ -6,19 +6,24 @@ from pathlib import Path
 
 from pruning.aircache import AirCache
 from pruning.attention import column_mass
+from pruning.attention_predictor import AttentionPredictor
 from pruning.csp import CSP
 from pruning.downsample import Downsample
 from pruning.elastic_cache import ElasticCache
 from pruning.fastv import FastV
+from pruning.mint import MINT
 from pruning.pruner import EachLayer, OneChoice, Prompts, Pruner, knobs, moments, top
+from pruning.quecc import QueCC
 from pruning.random import Random
+from pruning.sgl import SGL
 from pruning.spatial import Spatial
 from pruning.topv import TopV
 from pruning.trimmed_llama import TrimmedLlama
 from pruning.zipvl import ZipVL
 
 METHODS = {method.name: method for method in (
-    Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, Random, Spatial, Downsample)}
+    Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT, SGL,
+    QueCC, Random, Spatial, Downsample)}
 
 __all__ = ["METHODS", "EachLayer", "OneChoice", "Prompts", "Pruner", "catalogue", "column_mass", "find",
            "knobs", "load", "moments", "parse_knob", "parse_number", "several", "top"]

@@ -49,9 +49,10 @@ def kept_map(pictures: list[Image.Image], processor: ImageProcessor, recorder: R
     real, kept = sum(view.tokens for view in views), sum(tokens for _, tokens, _ in every) / len(held)
     mean = ", mean over layers" if any(len(cells) > 1 for cells in blocks) else ""
     some = any(bool(((share > 0) & (share < 1)).any()) for share, _, _ in every)
+    legend = "kept; dark: dropped" if not recorder.merges else "a token that others, dark, were merged into"
     return sheet(blocks, title, [
         f"{real} real image tokens -> {round(kept, 1):g} kept ({kept / real:.1%}{mean})",
-        "bright and outlined: kept; dark: dropped" + "; between: dropped by some key/value heads" * some,
+        f"bright and outlined: {legend}" + "; between: dropped by some key/value heads" * some,
         *remarks(views, len(pictures))])
 
 
@@ -147,8 +148,8 @@ def look(pictures: list[Image.Image], processor: ImageProcessor, recorder: Recor
          sets: list[Tensor]) -> list[View]:
     """A View of each picture that any of these sets of places [n, 4] is in."""
     if not any(map(len, sets)):
-        raise ValueError("there is no map to draw: ask about a picture first, "
-                         "for the attention with Recorder(pruner, attention=True)")
+        raise ValueError("there is no map to draw: ask about a picture first, for the attention with "
+                         "Recorder(pruner, attention=True); a smaller model's answer leaves none")
     whole, place = processor(pictures), places(recorder.image)[0]
     tiles, seen = whole if recorder.tiles is None else recorder.tiles, int(place[:, 0].max()) + 1
     if not len(whole) == len(tiles) == seen:

@@ -201,8 +201,7 @@ def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Ten
             there = there[:, None] if there.ndim < scores.ndim else there[:, 0]
         n = count(keep, there.sum(-1, keepdim=True))
         ours = scores.masked_fill(~there, -math.inf)
-        most = max(1, int(n.max()))
-        least = ours.topk(most, dim=-1).values.take_along_dim((n - 1).clamp(min=0), -1)     # the n-th highest
+        least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest
         above, equal = ours > least, ours == least
         room = n - above.sum(-1, keepdim=True)
         kept |= there & (above | (equal & (equal.cumsum(-1) <= room)))
@@ -213,7 +212,7 @@ def count(keep: float | int, tokens: Tensor) -> Tensor:
     """How many of `tokens` (int64) to keep: a fraction rounded half up, or a number, but at least one."""
     if isinstance(keep, float):
         return (keep * tokens.double()).mul(1e6).round().div(1e6).add(0.5).floor().long().clamp(min=1)
-    return tokens.clamp(max=keep)
+    return tokens.clamp(1, keep)
 
 
 # ----- knobs

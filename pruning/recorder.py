@@ -40,6 +40,10 @@ class Recorder(Pruner):
         return self.inner.needs
 
     @property
+    def merges(self) -> bool:
+        return self.inner.merges
+
+    @property
     def whole(self) -> list[ImageKV]:
         return self.inner.whole
 

@@ -4,6 +4,7 @@ For the pruners: small networks, a run of `generate.generate` that is watched, a
 held against, which masks what they drop. B batch, T text tokens, N image tokens, H query heads, G key/value
 heads, K = 1 or G sets of kept tokens.
 """
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -23,7 +24,8 @@ from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.layers import rotary_angles, rotary_frequencies
 from model.llama_vision import LlamaVision
 from model.prompt import visible_images
-from pruning import METHODS, Pruner, load
+from pruning import METHODS, Pruner, load, sgl
+from pruning.sgl import load_guide
 from report import Answer
 
 
@@ -158,7 +160,11 @@ def ask() -> Callable[..., Run]:
             return torch.full((len(new),), fed[len(logits) - 1])
 
         watched = nullcontext() if pruner is None else patch.object(pruner, "layer", layer)
-        with patch.object(network, "prefill", prefill), watched:
+        guided = nullcontext()
+        if sgl.load_guide is load_guide:                # the bundled guide fits none of these networks
+            guide = copy.deepcopy(network)              # and what this one reads is not watched
+            guided = patch.object(sgl, "load_guide", lambda source, device, dtype: guide)
+        with patch.object(network, "prefill", prefill), watched, guided:
             answer = generate(network, prompts, image, steps, (), sampler, pruner=pruner)
         return Run(answer, torch.stack(logits, dim=1), fed, read, held)
     return run

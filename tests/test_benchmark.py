@@ -80,8 +80,7 @@ class Twin:
 def run(monkeypatch, capsys, tmp_path):
     """Runs the program beside a stand-in of transformers: what it printed, and its JSON."""
     def run(*argv: str) -> tuple[str, dict]:
-        for module in parts, waterfall:
-            monkeypatch.setattr(module, "Compiled", Plain)
+        monkeypatch.setattr("model.compiled.Compiled", Plain)
         monkeypatch.setattr(benchmark, "Peer", Twin)
         small = "--device", "cpu", "--repeat", "2", "--new-tokens", "3", "--prompt-tokens", "7"
         argv += "--json", str(tmp_path / "made.json")

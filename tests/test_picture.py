@@ -263,7 +263,8 @@ def assistant() -> Assistant:
 
 
 PRUNERS = {"trimmed_llama": {"keep": 0.1}, "fastv": {"keep": 0.3, "when": "step"},
-           "random": {"early_caches": "full"}, "downsample": {}, "none": {}, "spatial": {"keep": 1.0}}
+           "random": {"early_caches": "full"}, "downsample": {}, "none": {}, "spatial": {"keep": 1.0},
+           "elastic_cache": {}, "attention_predictor": {"block": 4}, "mint": {}, "sgl": {}, "quecc": {}}
 
 
 @pytest.mark.parametrize("method", PRUNERS)

@@ -40,9 +40,20 @@ KNOBS = {
               {"keep": 3, "heads": "kv_head"}, {"tau": 0.3, "when": "boundary", "heads": "kv_head"}],
     "topv": [{"keep": 7, "mode": "balanced", "stride": 0}, {"keep": 0.5, "scope": "tile", "stride": 2},
              {"keep": 0.4, "mode": "one_sided", "gamma": 1.0}],
+    "attention_predictor": [{"keep": 0.4, "block": 1, "calibrate": 2},
+                            {"keep": 0.5, "block": 2, "predictor": "last", "skip_layers": 0, "window": 2},
+                            {"keep": 6, "block": 4, "layout": "square", "predictor": "mean"}],
+    "mint": [{"keep": 0.3, "update": "prefill", "alpha": 0.5}, {"keep": 3, "n_sel": 2, "ref": "key"},
+             {"keep": 0.3, "n_sel": 2, "update": "prefill", "beta": 0.0},
+             {"keep": 0.1, "alpha": 3.0, "beta": 0.5}],
+    "sgl": [{"keep": 3, "full_layers": 0},
+            {"keep": 0.4, "full_layers": 2, "layer_weight": "gate", "threshold": 1.0},
+            {"keep": 0.3, "when": "boundary", "early_caches": "trim"},
+            {"keep": 0.3, "full_layers": 0, "when": "boundary"}],
+    "quecc": [{"keep": 2}, {"keep": 1}],
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
-ALWAYS = {}
+ALWAYS = {"quecc": {"weights": "pool"}}                     # the trained ones fit the bundled model alone
 STATES = "features", "entering", "leaving"          # of Vision
 MODELS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}     # seed, share, cross-attention layers
 
@@ -77,8 +88,8 @@ def real_of(kv: ImageKV, row: int) -> list[list[bool]]:
 
 
 def whole(make) -> Pruner:
-    """With every token kept; a budget beside it is a limit of its own, and goes."""
-    return make(keep=1.0, **({"budget": None} if "budget" in make.keywords else {}))
+    """With every token kept; a budget beside it is a limit of its own, and goes, and so does a threshold."""
+    return make(keep=1.0, **{knob: None for knob in ("budget", "threshold") if knob in make.keywords})
 
 
 def test_keeping_all_is_the_whole_network_bit_for_bit(make, some, see, ask):
@@ -204,7 +215,8 @@ def test_text_alone_is_untouched(make, some, see, ask):
         plain, pruned = ask(some, prompts, None), ask(some, prompts, None, pruner)
         assert torch.equal(plain.logits, pruned.logits) and pruned.read == []
     mixed = ask(some, [[I, 6, 7, 8], [9, 10, 11, 12]], see(some, [[(1, 3)], []], 6, pruner), pruner)
-    text = ask(some, [[5, 6, 7, 8], [9, 10, 11, 12]], None)
+    branches = len(mixed.read[0].key) // 2                  # products of another size round otherwise
+    text = ask(some, [[5, 6, 7, 8], [9, 10, 11, 12]] * branches, None)
     assert torch.equal(mixed.logits[1], text.logits[1]) and not torch.equal(mixed.logits[0], text.logits[0])
     assert mixed.answer.kept[1] == [0] * len(mixed.read) and min(mixed.answer.kept[0]) >= 1
 

@@ -1,0 +1,218 @@
+"""Trains the compressors of `pruning/quecc.py` for the bundled checkpoint: `python -m scenes.train_quecc`.
+
+Every step draws fresh scenes of one ratio of tiles and asks a few questions about each, one at a time: the
+compressor reads but one. The model is frozen. It answers from the whole image first; then each compressor
+learns to make tokens from which the model gives every token of the answer the same probabilities (the KL
+divergence is the loss). Progress goes to the terminal and to RUN/log.csv; every few minutes the state goes
+to RUN/state.pt, from which the same command goes on, and the weights to OUT. At the end held-out scenes tell
+how often the model is still right, and OUT/quecc.json holds the figures. On one CPU core this takes about ten
+minutes.
+"""
+import argparse
+import json
+import math
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from model.image import ImageProcessor
+from model.image_tokens import ImageTokens
+from model.llama_vision import LlamaVision
+from model.prompt import Prompter
+from pruning.quecc import Compressor, compress, load_compressor, pooled_grids
+from scenes.draw import RATIOS, draw, make_scene
+from scenes.lessons import Lessons, turns
+from weights import LEARNED, find_checkpoint, load_model
+
+LENGTH = 96                                     # text tokens of a question and its answer, at most
+LOG_EVERY, SAVE_EVERY = 50, 200                 # steps
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m scenes.train_quecc", description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default="tiny", help="the checkpoint; its tokenizer must know the scenes")
+    parser.add_argument("--out", type=Path, default=LEARNED, help="folder of the weights and the figures")
+    parser.add_argument("--run", type=Path, default=Path("runs/quecc"), help="folder of log and state")
+    parser.add_argument("--grids", type=int, nargs="+", default=[4, 2], help="tokens a side of a tile")
+    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--pictures", type=int, default=12, help="a step")
+    parser.add_argument("--questions", type=int, default=2, help="about each picture, at most")
+    parser.add_argument("--exam", type=int, default=320, help="held-out pictures at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args()
+
+
+class Lesson:
+    """Questions about pictures, each a conversation of its own, and what the frozen model makes of them."""
+
+    def __init__(self, model: LlamaVision, questions: "Questions", split: str, first: int, seed: int):
+        ratio = random.Random(f"{seed}:{first}").choice(RATIOS)
+        tiles, asked, texts = questions.draw(split, first, ratio, seed)
+        self.model, (ids, targets) = model, (torch.stack(parts) for parts in zip(*texts, strict=True))
+        longest = int((targets >= 0).nonzero()[:, 1].max()) + 1
+        self.ids, self.targets = ids[:, :longest], targets[:, :longest]
+        self.said = self.targets >= 0
+        with torch.no_grad():
+            self.image = model.encode(tiles, vision=True).rows(asked)
+            self.question = model.question(self.ids, (self.said.int().argmax(1) + 1).tolist())
+
+    def answers(self, image: ImageTokens) -> Tensor:
+        """The logits of all tokens of all answers, read from these image tokens."""
+        with sdpa_kernel(SDPBackend.MATH):      # so short, plain products beat the fused kernel's backward
+            return self.model.lm_head(self.model.hidden(self.ids, image)[self.said]).float()
+
+    @torch.no_grad()
+    def right(self, image: ImageTokens) -> list[bool]:
+        """Which answers are right to the letter: greedy ones are, where each token of the right answer is the
+        likeliest after those before it."""
+        correct = torch.ones_like(self.said)
+        correct[self.said] = self.answers(image).argmax(-1) == self.targets[self.said]
+        return correct.all(1).tolist()
+
+
+class Questions(Lessons):
+    """Scenes of one ratio of tiles with a few questions each, the same ones for the same seed."""
+
+    def __init__(self, source: str, model: LlamaVision, pictures: int, most: int):
+        folder = find_checkpoint(source)
+        tokenizer = Prompter.from_folder(folder, model.config).tokenizer
+        tokenizer.encode_special_tokens = False
+        super().__init__(tokenizer, ImageProcessor.from_folder(folder, model.config.vision), LENGTH)
+        self.pictures, self.most = pictures, most
+
+    def draw(self, split: str, first: int, ratio: tuple[int, int], seed: int) -> tuple[list, list[int], list]:
+        """The tiles of each picture; for each question its picture, and its ids and targets."""
+        rng, tiles, asked, texts = random.Random(f"{seed}:{first}"), [], [], []
+        for i in range(self.pictures):
+            scene = make_scene(split, first + i, ratio)
+            tiles.append(self.processor([draw(scene)]))
+            for turn in turns(scene, rng)[:self.most]:
+                asked.append(i)
+                texts.append(self._conversation([turn])[:2])
+        return tiles, asked, texts
+
+
+class Student:
+    """A compressor for one grid, and what teaches it."""
+
+    def __init__(self, model: LlamaVision, grid: int, steps: int):
+        vision, width = model.config.vision, model.config.text.hidden_size
+        self.grid, self.stride, self.steps = grid, -(-vision.patches_per_side // grid), steps
+        self.compressor = Compressor(vision.hidden_size, vision.output_dim, width, self.stride)
+        self.optimiser = torch.optim.AdamW(self.compressor.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+
+    def learn(self, lesson: Lesson, whole: Tensor, step: int) -> float:
+        """One step; `whole` are the logits from the whole image. Returns the loss."""
+        small = compress(lesson.image, self.stride, self.compressor, lesson.question)
+        loss = F.kl_div(lesson.answers(small).log_softmax(-1), whole.log_softmax(-1), log_target=True,
+                        reduction="batchmean")
+        self.optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.compressor.parameters(), 1.0)
+        share = step / self.steps               # of the run: warm up, then a cosine to 1 %
+        scale = min(1.0, share / 0.03 + 1e-2) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
+        self.optimiser.param_groups[0]["lr"] = 2e-3 * scale
+        self.optimiser.step()
+        return loss.item()
+
+
+def export(compressor: Compressor, grid: int, folder: Path) -> Path:
+    """Write the weights in bf16, the file whole or not at all."""
+    path = folder / f"quecc_{grid ** 2}.safetensors"
+    state = {name: tensor.to(torch.bfloat16) for name, tensor in compressor.state_dict().items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(state, path.with_suffix(".partial"), {"format": "pt"})
+    path.with_suffix(".partial").replace(path)
+    return path
+
+
+def train(model: LlamaVision, questions: Questions, students: list[Student], args: argparse.Namespace):
+    """From the first or the last saved step to the end."""
+    state, log = args.run / "state.pt", args.run / "log.csv"
+    args.run.mkdir(parents=True, exist_ok=True)
+    start, minutes = resume(students, state)
+    if not start:
+        log.write_text(",".join(["step", "minutes", *(f"kl_{s.grid ** 2}" for s in students)]) + "\n")
+    began, sums = time.monotonic() - 60 * minutes, [0.0] * len(students)
+    for step in range(start, args.steps):
+        lesson = Lesson(model, questions, "train", step * args.pictures, args.seed)
+        with torch.no_grad():
+            whole = lesson.answers(lesson.image)
+        sums = [total + student.learn(lesson, whole, step)
+                for total, student in zip(sums, students, strict=True)]
+        minutes = (time.monotonic() - began) / 60
+        if (step + 1) % LOG_EVERY == 0:
+            means, sums = [f"{total / LOG_EVERY:.4f}" for total in sums], [0.0] * len(students)
+            with log.open("a") as file:
+                file.write(",".join([str(step + 1), f"{minutes:.2f}", *means]) + "\n")
+            print(f"step {step + 1}/{args.steps}  {minutes:.1f} min  KL {'  '.join(means)}", flush=True)
+        if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:
+            save(students, state, step + 1, minutes)
+            for student in students:
+                export(student.compressor, student.grid, args.out)
+
+
+def save(students: list[Student], path: Path, step: int, minutes: float):
+    parts = [(student.compressor.state_dict(), student.optimiser.state_dict()) for student in students]
+    torch.save({"step": step, "minutes": minutes, "students": parts}, path.with_suffix(".new"))
+    path.with_suffix(".new").replace(path)
+
+
+def resume(students: list[Student], path: Path) -> tuple[int, float]:
+    """The step to go on from, and the minutes that the steps before it took."""
+    if not path.exists():
+        return 0, 0.0
+    held = torch.load(path, weights_only=True)
+    for student, (weights, optimiser) in zip(students, held["students"], strict=True):
+        student.compressor.load_state_dict(weights)
+        student.optimiser.load_state_dict(optimiser)
+    return held["step"], held["minutes"]
+
+
+def examine(model: LlamaVision, lessons: Iterator[Lesson], grids: dict[int, tuple[int, Path]]) -> dict:
+    """How often the model is right from the whole image, from averages and from what was trained.
+
+    `grids`: tokens a side -> their stride and the weights' file.
+    """
+    marks: dict[str, list[bool]] = {"whole": []}
+    for lesson in lessons:
+        marks["whole"] += lesson.right(lesson.image)
+        for grid, (stride, path) in grids.items():
+            trained = load_compressor(path, lesson.ids.device)
+            for name, how in ("pool", (stride,)), ("trained", (stride, trained, lesson.question)):
+                marks.setdefault(f"{name}_{grid ** 2}", []).extend(lesson.right(compress(lesson.image, *how)))
+    return {"questions": len(marks["whole"]),
+            "accuracy": {name: round(sum(right) / len(right), 4) for name, right in marks.items()}}
+
+
+def main():
+    args = arguments()
+    torch.manual_seed(args.seed)
+    model = load_model(args.model).requires_grad_(False)
+    possible = pooled_grids(model.config.vision.patches_per_side)
+    if not set(args.grids) <= possible:
+        raise SystemExit(f"--grids {' '.join(map(str, args.grids))}: choose among "
+                         + ", ".join(map(str, sorted(possible))))
+    questions = Questions(args.model, model, args.pictures, args.questions)
+    students = [Student(model, grid, args.steps) for grid in args.grids]
+    train(model, questions, students, args)
+    grids = {student.grid: (student.stride, export(student.compressor, student.grid, args.out))
+             for student in students}
+    lessons = (Lesson(model, questions, "test", first, args.seed)
+               for first in range(0, args.exam, args.pictures))
+    figures = examine(model, lessons, grids)
+    figures |= {"model": args.model, "steps": args.steps, "pictures": args.pictures,
+                "questions_a_picture": args.questions, "seed": args.seed}
+    (args.out / "quecc.json").write_text(json.dumps(figures, indent=2) + "\n")
+    print(json.dumps(figures["accuracy"], indent=2))
+
+
+if __name__ == "__main__":
+    main()
