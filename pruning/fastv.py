@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 
 from pruning.attention import column_mass
-from pruning.pruner import ImageKV, ImageTokens, Queries, top
-from pruning.random import Random
+from pruning.pruner import ImageKV, ImageTokens, OneChoice, Prompts, Queries, chance, top
 
 
 @dataclass
-class FastV(Random):
+class FastV(OneChoice):
     """Keeps what the last text row attends to in the last of the first layers.
 
     `seed` is of the random ranking with `full_layers` 0.
@@ -31,12 +30,16 @@ class FastV(Random):
     early_caches: Literal["trim", "full"] = "full"
     when: Literal["prefill", "boundary", "step"] = "prefill"
     rows: Literal["last", "all"] = "last"
+    seed: int = 0
     paper = "Chen et al. 2024, arXiv 2403.06764"
 
+    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
+        self.scores = chance(self.seed, prompts, image)
+        return image
+
     def choose(self, queries: Queries, image: ImageTokens | ImageKV, kv: ImageKV) -> Tensor:
-        if not self.full_layers:
-            return super().choose(queries, image, kv)
-        return top(column_mass(queries, kv, self.rows, heads="layer"), self.keep, image)
+        scores = column_mass(queries, kv, self.rows, heads="layer") if self.full_layers else self.scores
+        return top(scores, self.keep, image)
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
         self.whole = kvs if self.when == "step" else []

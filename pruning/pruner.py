@@ -190,6 +190,14 @@ class EachLayer(Pruner):
         return [kv.take(kept) for kv, kept in zip(kvs, self.chosen(kvs), strict=True)]
 
 
+def chance(seed: int, prompts: Prompts, image: ImageTokens) -> Tensor:
+    """A random number for each token, [B, N]: others for every prompt and `seed`, the same ones alone and
+    in a batch."""
+    draws = [torch.Generator().manual_seed(hash((seed, *ids))) for ids in prompts.ids]
+    numbers = [torch.rand(image.place.shape[1], generator=draw) for draw in draws]
+    return torch.stack(numbers).to(image.place.device)
+
+
 def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:
     """The highest scores of every image, as many as `keep` says: [B, N] or [B, K, N] -> the same, bool.
 

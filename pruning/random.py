@@ -1,9 +1,9 @@
 """Random image tokens: the baseline that every method must beat. Chosen where trimmed_llama chooses."""
 from dataclasses import dataclass
 
-import torch
+from torch import Tensor
 
-from pruning.pruner import ImageKV, ImageTokens, OneChoice, Prompts, Queries, top
+from pruning.pruner import ImageKV, ImageTokens, OneChoice, Prompts, Queries, chance, top
 
 
 @dataclass
@@ -12,9 +12,8 @@ class Random(OneChoice):
     seed: int = 0
 
     def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        draws = [torch.Generator().manual_seed(hash((self.seed, *ids))) for ids in prompts.ids]
-        self.scores = torch.stack([torch.rand(image.place.shape[1], generator=draw) for draw in draws])
+        self.scores = chance(self.seed, prompts, image)
         return image
 
-    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> torch.Tensor:
-        return top(self.scores.to(image.place.device), self.keep, image)
+    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
+        return top(self.scores, self.keep, image)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate
-from pruning import load
+from pruning import METHODS, Pruner, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -180,9 +180,24 @@ def code_lines(path: Path) -> int:
     return len(lines - documented)
 
 
-@pytest.mark.parametrize(("method", "most"), [("random", 12), ("fastv", 30), ("trimmed_llama", 40)])
-def test_a_method_is_short(method, most):
-    assert 5 < code_lines(ROOT / "pruning" / f"{method}.py") <= most
+LINES = {"random": 12, "fastv": 30, "trimmed_llama": 40, "sgl": 150, "quecc": 150, "attention_predictor": 150}
+
+
+@pytest.mark.parametrize("method", list(METHODS)[1:])
+def test_a_method_is_short_and_stands_alone(method):
+    path = ROOT / "pruning" / f"{method}.py"
+    assert 5 < code_lines(path) <= LINES.get(method, 60)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.rpartition(".")[2] not in METHODS
+
+
+def test_nobody_asks_which_method_it_is():
+    names = {kind.__name__ for kind in METHODS.values() if kind is not Pruner}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                assert not names & {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name)}, path
 
 
 def test_sizes_of_model_files_and_functions():
