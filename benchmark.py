@@ -119,9 +119,9 @@ def check(args: argparse.Namespace) -> list[Pruner]:
         raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
-    if args.methods is not None and (args.preset or args.waterfall or args.prune or args.against):
-        raise ValueError("--methods is a measurement of its own: leave out --preset, --waterfall, --prune "
-                         "and --against")
+    if args.methods and (args.preset or args.waterfall or args.prune or args.against or args.plot):
+        raise ValueError("--methods is a measurement of its own, and a table: leave out --preset, "
+                         "--waterfall, --prune, --against and --plot")
     if args.prune is None and (args.waterfall or args.preset and args.keep is not None):
         args.prune = "trimmed_llama"
     if args.plot is not None:

@@ -74,10 +74,11 @@ def as_json(model: str, texts: list[str], answer: Answer, picture: Picture, prun
             "token_ids": answer.tokens[0] if one else answer.tokens,
             "pruner": pruner,
             "image_tokens": {"slots": picture.slots, "real": picture.real, "kept": kept[0] if one else kept},
-            "kept_by_layer": answer.kept[0] if one else answer.kept,
+            "kept_by_layer": answer.kept[0] if one else answer.kept, "answered_early": answer.early,
             "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
             "tokens_per_second": round(answer.tokens_per_second, 2), "image_kv_bytes": answer.image_kv_bytes,
-            "text_kv_bytes": answer.text_kv_bytes, "peak_memory_bytes": peak_memory()}
+            "image_kv_stored_bytes": answer.image_kv_stored, "text_kv_bytes": answer.text_kv_bytes,
+            "peak_memory_bytes": peak_memory()}
 
 
 def say_model(model: str):
@@ -88,7 +89,8 @@ def say_model(model: str):
 def say_cost(answer: Answer, picture: Picture, pruner: str | None):
     if picture.tokens is not None:
         say(f"image tokens {picture.slots} slots -> {picture.real} real{kept_words(answer, picture, pruner)}")
-        say(f"image KV {size(answer.image_kv_bytes)}, encode {answer.ms['encode']:.0f} ms, ", end="")
+        more = f" of {size(answer.image_kv_stored)} held" * (answer.image_kv_stored > answer.image_kv_bytes)
+        say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
     say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
         f"peak memory {size(peak_memory())}")
 
@@ -100,6 +102,8 @@ def kept_words(answer: Answer, picture: Picture, pruner: str | None) -> str:
         words = f" -> {seen:.0f} in sight"
     if pruner is None:
         return words
+    if answer.early:
+        pruner += f"; {len(answer.early)} of {len(answer.tokens)} answered by the guide alone"
     layers = [mean(column) for column in zip(*answer.kept, strict=True)]
     several = len({round(layer) for layer in layers}) > 1
     by_layer = f"by layer {' '.join(f'{layer:.0f}' for layer in layers)}; " if several else ""

@@ -222,6 +222,8 @@ def pairs_mean(matrix: list[list[float]]) -> float | None:
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p"
 LINES = "-", "--", "-.", ":", (0, (5, 1, 1, 1, 1, 1))
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000"  # safe for colour-blind
+ACCURACIES = 20, 40, 60, 70, 80, 85, 90, 92, 94, 96, 97, 98, 99, 99.5
+LEAST_WRONG = 0.25                              # per cent that is drawn: none at all has no place on the axis
 TICKS = 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0
 
 
@@ -233,20 +235,26 @@ def check_plot(path: Path):
         raise ValueError("--plot needs matplotlib: pip install -e '.[eval]'")
 
 
+def wrong(accuracy: float) -> float:
+    """Per cent of wrong answers."""
+    return max(LEAST_WRONG, 100 * (1 - accuracy))
+
+
 def plot(made: dict, path: Path):
     """Accuracy against the share of image tokens kept, a line for each method; the full model lies across.
 
-    Readable without colours. The horizontal axis is logarithmic: half of the story is below 10 %.
+    Readable without colours. Both axes are logarithmic, in tokens kept and in wrong answers: half of the
+    story is below 10 % of the one, and what differs is between 2 and 20 % of the other.
     """
     # Here, for nothing else needs it; and not pyplot, which opens windows and holds every figure.
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(8, 6), layout="constrained")
     axes = figure.subplots()
     full, *rows = made["rows"]
-    axes.axhline(100 * full["accuracy"], color="0.3", linewidth=1, label="full model")
+    axes.axhline(wrong(full["accuracy"]), color="0.3", linewidth=1, label="full model")
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         mine = [row for row in rows if row["method"] == method]
-        points = sorted((row["kept"], *(100 * row[name] for name in ("accuracy", "low", "high")))
+        points = sorted((row["kept"], *(wrong(row[name]) for name in ("accuracy", "low", "high")))
                         for row in mine)
         label = "\n".join([method, *(f"  {knob} {value}" for knob, value in mine[0]["knobs"].items())])
         x, y, low, high = zip(*points, strict=True)
@@ -260,8 +268,12 @@ def plot(made: dict, path: Path):
     axes.set_xlim(least * 0.85, 1.1)
     axes.set_xticks([tick for tick in TICKS if tick >= least * 0.85])
     axes.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+    axes.set_yscale("log")
+    axes.invert_yaxis()
+    most, few = axes.get_ylim()
+    axes.set_yticks([100 - tick for tick in ACCURACIES if few <= 100 - tick <= most])
     axes.minorticks_off()
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:g} %")
+    axes.yaxis.set_major_formatter(lambda percent, _: f"{100 - percent:g} %")
     axes.set_xlabel("image tokens kept, mean over layers and questions")
     axes.set_ylabel("accuracy, with 95 % band against the full model")
     axes.set_title(f"{made['model']}, {made['questions']} questions", fontsize="medium")

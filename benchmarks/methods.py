@@ -1,16 +1,18 @@
 """What every method adds, and what it holds and reads of the image: `python benchmark.py --methods all`.
 
-All methods take turns, the whole image first. A round of one is a prompt and some decoded tokens, twice:
-timed from outside, and with the clock on its own moments, which on a GPU drains the queue each time. So own
-work is what its moments take, and the difference to the whole image is what it costs or gains all in all: a
-second branch that decoding reads is in the latter alone. Encoding the picture counts for nobody. Bytes read
-are those that attention reads at a step; what a method looks up itself to choose is its own work. Where
-weights are random, so are those of a guide and of what is trained.
+All methods take turns, in another order every round, so that what one leaves behind in caches and memory does
+not always meet the same neighbour. A round of one is a prompt and some decoded tokens, twice: timed from
+outside, and with the clock on its own moments, which on a GPU drains the queue each time. So own work is what
+its moments take, and the difference to the whole image is what it costs or gains all in all: a second branch
+that decoding reads is in the latter alone. Encoding the picture counts for nobody. Bytes read are those that
+attention reads at a step; what a method looks up itself to choose is its own work. Where weights are random,
+so are those of a guide and of what is trained.
 """
 import json
 import statistics
 from dataclasses import asdict, fields, replace
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 
 import torch
@@ -40,8 +42,9 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
         vision = any("vision" in pruner.needs for pruner in pruners)
         images = {name: subject.model.encode([view], vision) for name, view in views.items()}
         ids, samples = subject.prompt(batch, prompt_tokens), {str(pruner): [] for pruner in pruners}
+        order = Random(0)
         for turn in range(-1, repeat):
-            for pruner in pruners:
+            for pruner in order.sample(pruners, len(pruners)):
                 say(f"round {turn + 2} of {repeat + 1}: {pruner}")
                 measured = once(subject, pruner, ids, images[str(pruner)], new_tokens)
                 if turn >= 0:

@@ -151,7 +151,7 @@ def title(made: dict) -> str:
     about = made["rows"][0] if made["rows"] else made["about"]
     what = {"table2": ": Table 2 of the paper"}.get(made["settings"]["preset"], "")
     return (f"{about['shape']}, {about['layers']} decoder layers, {about['dtype']}, {about['device']}"
-            + (what or ": waterfall" * bool(made["waterfall"])))
+            + (what or ": waterfall" * bool(made["waterfall"]) or ": methods" * bool(made["methods"])))
 
 
 def words(key: str, value: object) -> str:

@@ -338,7 +338,16 @@ def method(content: str, named: str = "Mine") -> Prepare:
 
 
 PRUNING = [
-    ("unknown method", flags("--prune", "fast"), "'fast'", "trimmed_llama, fastv, random", "mine.py:Mine"),
+    ("unknown method", flags("--prune", "fast"), "'fast'", "trimmed_llama, fastv, elastic", "mine.py:Mine"),
+    ("no such guide", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune",
+                                     "sgl", "--set", "guide=./none"], "'./none'", "nor a folder here"),
+    ("no such compressor", flags("--prune", "quecc", "--set", "weights=here"), "quecc", "'here'", "folder"),
+    ("empty blocks", flags("--prune", "attention_predictor", "--set", "block=0"), "block is 0", "at least"),
+    ("more layers choose than there are", lambda bench: [
+        "--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune", "mint", "--set", "n_sel=9"],
+     "n_sel is 9", "1 to 3"),
+    ("a mass above all", flags("--prune", "zipvl", "--set", "tau=2"), "tau is 2", "at most 1"),
+    ("less than no text", flags("--prune", "csp", "--set", "text_keep=0"), "text_keep is 0", "above 0"),
     ("no method", flags("--keep", "0.5"), "--prune"),
     ("knob without a method", flags("--set", "seed=1"), "--prune"),
     ("keep nothing", flags("--prune", "random", "--keep", "0"), "keep is 0", "at least 1"),

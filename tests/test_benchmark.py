@@ -392,6 +392,7 @@ def test_plot(run, tmp_path, argv):
     (["--device", "tpu"], "tpu"), (["--dtype", "fp7"], "fp7"), (["--against", "vllm"], "invalid choice"),
     (["--json", "no/such/folder/x.json"], "not a file in a folder"), (["--plot", "x.gif"], "must end in"),
     (["--plot", "no/such/folder/x.png"], "not a file in a folder"),
+    (["--methods", "all", "--prune", "fastv"], "leave out"), (["--methods", "some"], "no pruning method"),
     (["--preset", "table3"], "invalid choice"), (["--preset", "table2", "--waterfall"], "give one of them"),
 ])
 def test_bad_input_is_one_line_before_anything_is_measured(monkeypatch, capsys, argv, words):

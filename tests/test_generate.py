@@ -34,7 +34,8 @@ TINY = ROOT / "weights" / "tiny"
 SCRIPT = str(ROOT / "generate.py")
 STOP = 638                                          # <|eot_id|> of the bundled checkpoint
 JSON_KEYS = {"answer", "token_ids", "image_tokens", "ms", "tokens_per_second", "image_kv_bytes",
-             "text_kv_bytes", "peak_memory_bytes", "model", "pruner", "kept_by_layer"}
+             "text_kv_bytes", "peak_memory_bytes", "model", "pruner", "kept_by_layer", "answered_early",
+             "image_kv_stored_bytes"}
 
 
 def drawn(width: int, height: int) -> Image.Image:
@@ -518,8 +519,21 @@ def test_pruning_is_reported_in_words_and_numbers(run, wide):
     assert data["kept_by_layer"] == [100, 30, 30] and data["pruner"].startswith("fastv, keep 0.3")
     whole = json.loads(run(*command, "none", "--json")[0])
     assert data["image_kv_bytes"] * 300 == whole["image_kv_bytes"] * 160
+    _, err = run(*command, "attention_predictor", "--keep", "0.5", "--set", "block=4")
+    assert "image KV 24.3 kB of " in err and " held, encode" in err
     _, err = run(*command, "downsample", "--keep", "0.5")
     assert "200 slots -> 100 real -> 50 kept (downsample, keep 0.5 of the tiles)\n" in err
+
+
+def test_an_answer_of_the_guide_alone_is_said_so(run, wide):
+    command = "--image", wide, "--prompt", "What is this?", "--prompt", "Where?", "--prune", "sgl"
+    early = "--set", "threshold=-1", "--json"
+    data, late = (json.loads(run(*command, *more)[0]) for more in (early, ("--json",)))
+    assert data["answered_early"] == [0, 1] and late["answered_early"] == []
+    assert data["image_tokens"]["kept"] == [0, 0] and data["image_kv_bytes"] == 0 < late["image_kv_bytes"]
+    guide = json.loads(run(*command[:6], "--model", "guide", "--json")[0])
+    assert data["answer"] == guide["answer"]
+    assert "2 of 2 answered by the guide alone" in run(*command, *early[:2])[1]
 
 
 def test_keep_everything_is_no_pruning(run, wide):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 import generate
-from pruning import METHODS, Pruner, load
+from pruning import METHODS, Pruner, load, moments
+from report import size
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -105,25 +106,77 @@ def test_accuracy_is_that_of_the_stored_evaluation():
 
 def rows_of(page: str, corner: str) -> list[list[str]]:
     """The cells of the table whose upper left one is this."""
-    table = re.search(rf"^\| {corner} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M).group(0)
+    table = re.search(rf"^\| {re.escape(corner)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M).group(0)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
     return [rows[0], *rows[2:]]
 
 
 @pytest.mark.parametrize(("page", "name", "corner"), [
     ("README.md", "scenes.json", "`--keep`"), ("pruning/README.md", "scenes.json", "`--keep`"),
-    ("pruning/README.md", "scenes_first_layer.json", "`full_layers=0`, `--keep`")])
+    ("pruning/README.md", "scenes_first_layer.json", "`full_layers=0`, `--keep`"),
+    ("pruning/README.md", "all.json", "all methods, `--keep`")])
 def test_pruning_tables_are_those_of_the_stored_evaluations(page, name, corner):
     (_, *keeps), *lines = rows_of((ROOT / page).read_text(encoding="utf-8"), corner)
     made, expected = json.loads((ROOT / "results" / name).read_text(encoding="utf-8")), {}
     assert made["questions"] == 2000
     for row in made["rows"][1:]:
-        assert bool(row["knobs"]) == ("full_layers=0" in corner)
+        assert ("full_layers" in row["knobs"]) == ("full_layers=0" in corner)
         cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
         expected[row["method"], f"{row['keep']:g}"] = cell
     assert len(keeps) >= 6 and len(expected) == len(keeps) * len(lines)
     for method, *cells in lines:
         assert cells == [expected[method, keep] for keep in keeps]
+
+
+MEASURED = (ROOT / "pruning" / "README.md").read_text(encoding="utf-8")
+
+
+def stored(name: str) -> dict:
+    return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+def percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def test_the_table_of_methods_is_the_registry():
+    _, *lines = rows_of(MEASURED, "method | paper")
+    expected = [[f"[{name}]({name}.py)", method.paper or "-", ", ".join(moments(method))]
+                for name, method in METHODS.items() if method is not Pruner]
+    assert [line[:3] for line in lines] == expected
+
+
+def test_the_table_of_costs_is_that_of_the_stored_measurements():
+    _, *lines = rows_of(MEASURED, "method | tiny: prefill")
+    both = [stored(f"benchmarks/cpu-{name}-methods.json")["methods"] for name in ("tiny", "11b-slice")]
+    assert [line[0] for line in lines] == [row["method"] for row in both[0]] == list(METHODS)
+    for line, *rows in zip(lines, *both, strict=True):
+        cells = []
+        for row, (whole, *_) in zip(rows, both, strict=True):
+            for name in "prefill_ms", "token_ms":
+                more = f"{row[name] - whole[name]:+.3g} ms"
+                cells.append(f"{row[name]:.3g} ms" if row is whole else more)
+            cells += [size(row["stored_bytes"]), size(row["read_bytes"])]
+        assert line[1:] == cells
+
+
+def test_the_tables_of_single_methods_are_those_of_the_stored_figures():
+    _, *lines = rows_of(MEASURED, "`--keep` of mint")
+    sharp, blurred = (stored(f"results/{name}.json")["rows"] for name in ("exists", "exists_blurred"))
+    pairs = zip(sharp, blurred, strict=True)
+    assert [line[1:] for line in lines] == [
+        percent(*(row[name] for row in pair for name in ("wrong_yes", "accuracy"))) for pair in pairs]
+    for threshold, *cells in rows_of(MEASURED, "`threshold`")[1:]:
+        row = stored(f"results/early_exit_{threshold}.json")["rows"][1]
+        assert row["knobs"] == {"threshold": float(threshold)} and row["keep"] == 0.25
+        assert cells == percent(row["early"], row["accuracy"])
+    learned = stored("weights/learned/attention_predictor.json")["recall"]
+    assert rows_of(MEASURED, "blocks of")[1:] == [
+        [str(row["block"]), f"{row['share']:g}",
+         *percent(row["cnn"], row["last"], row["mean"], row["chance"])] for row in learned]
+    right = stored("weights/learned/quecc.json")["accuracy"]
+    assert [line[1:] for line in rows_of(MEASURED, "tokens a tile")[1:]] == [
+        percent(right["whole"], right[f"{kind}_16"], right[f"{kind}_4"]) for kind in ("pool", "trained")]
 
 
 def test_the_method_in_the_readme_runs(tmp_path, assistant):
