@@ -77,8 +77,8 @@ class MINT(Pruner):
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
         if self.n_sel > len(kvs):
-            raise ValueError(f"mint: n_sel is {self.n_sel}, but must be 1 to {len(kvs)}, "
-                             "the number of cross-attention layers")
+            raise ValueError(f"mint: n_sel is {self.n_sel}, but must be 1 to {len(kvs)}: so many layers look")
+        self.parted = self.parted & (self.n_sel < len(kvs))                 # or no layer is left to mask
         # The first layer is never masked: what it has left is what the last row sees.
         self.whole = [replace(kv, mask=kvs[0].mask) for kv in kvs] if self.update == "step" else []
         return kvs

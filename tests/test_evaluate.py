@@ -169,7 +169,7 @@ def test_table_is_aligned_and_narrow(sweep):
 
 def test_plot_is_drawn(sweep):
     with Image.open(sweep / "out.png") as picture:
-        assert picture.size == (1200, 750)
+        assert picture.size == (1200, 900)
         assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
 
 

@@ -101,16 +101,16 @@ def test_keeping_all_is_the_whole_network_bit_for_bit(make, some, see, ask):
     assert answers[0] == answers[1] == answers[2]
 
 
-def test_keeping_all_changes_nothing_at_any_moment(make, network, see, ask):
+def test_keeping_all_changes_nothing_at_any_moment(make, some, see, ask):
     """Not even where the moments are called all the same."""
-    pruner, image = whole(make), see(network, GRIDS)
+    pruner, image = whole(make), see(some, GRIDS)
     with patch.object(type(pruner), "keeps_all", False):
-        assert torch.equal(see(network, GRIDS, pruner=pruner).features, image.features)
-        pruned = ask(network, PROMPTS, see(network, GRIDS, pruner=pruner), pruner, steps=5)
-    plain = ask(network, PROMPTS, image, steps=5)
+        assert torch.equal(see(some, GRIDS, pruner=pruner).features, image.features)
+        pruned = ask(some, PROMPTS, see(some, GRIDS, pruner=pruner), pruner, steps=5)
+    plain = ask(some, PROMPTS, image, steps=5)
     assert torch.equal(plain.logits, pruned.logits) and plain.answer.kept == pruned.answer.kept
     with patch.object(Pruner, "keeps_all", False):
-        assert torch.equal(ask(network, PROMPTS, image, Pruner(), steps=5).logits, plain.logits)
+        assert torch.equal(ask(some, PROMPTS, image, Pruner(), steps=5).logits, plain.logits)
 
 
 # ----- dropping
@@ -186,13 +186,13 @@ def alone(network, image, row: int):
     return ImageTokens(one.features[:, real], place, None, vision) if place.numel() else None
 
 
-def test_a_batch_gives_each_row_what_it_gets_alone(make, network, see, ask):
+def test_a_batch_gives_each_row_what_it_gets_alone(make, some, see, ask):
     """Text only, one picture, several, of other shapes; each row keeps as many tokens as it likes."""
     pruner = make()
-    image = see(network, GRIDS, 4, pruner)
-    run = ask(network, PROMPTS, image, pruner)
+    image = see(some, GRIDS, 4, pruner)
+    run = ask(some, PROMPTS, image, pruner)
     for row, prompt in enumerate(PROMPTS):
-        single = ask(network, [prompt], alone(network, image, row), pruner)
+        single = ask(some, [prompt], alone(some, image, row), pruner)
         close(run.logits[row], single.logits[0])
         assert run.answer.kept[row] == (single.answer.kept[0] or [0] * len(run.read))
         assert run.answer.seen[row] == single.answer.seen[0]
