@@ -82,7 +82,7 @@ def costs(made: dict) -> Table:
         line = [f"{row['method']} {row['keep']:g}", milliseconds(row["own_prefill_ms"]),
                 milliseconds(row["own_token_ms"])]
         for name in "prefill_ms", "token_ms":
-            line += [milliseconds(row[name]), f"{row[name] - made['methods'][0][name]:+.3g} ms"]
+            line += [milliseconds(row[name]), milliseconds(row[name] - made["methods"][0][name], "+")]
         lines.append([*line, size(row["stored_bytes"]), size(row["read_bytes"])])
     return [head, *lines]
 
@@ -125,8 +125,8 @@ def dash(value: object, show=str) -> str:
     return "-" if value is None else show(value)
 
 
-def milliseconds(ms: float) -> str:
-    return f"{ms:.3g} ms" if ms < 1000 else f"{ms:.0f} ms"
+def milliseconds(ms: float, sign: str = "") -> str:
+    return f"{ms:{sign}.3g} ms" if abs(ms) < 1000 else f"{ms:{sign}.0f} ms"
 
 
 # ----- benchmarks/README.md

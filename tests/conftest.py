@@ -80,8 +80,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc):
     if "make" in metafunc.fixturenames:
         methods, given = [*METHODS, *metafunc.config.getoption("pruner")], metafunc.module
         always = getattr(given, "ALWAYS", {})
-        cases = [(method, {**always.get(method, {}), **knob}) for method in methods
-                 for knob in given.KEEPS + given.KNOBS.get(method, [])]
+        cases = [(method, {**always.get(method, {}), **knob}) for method in methods for knob in
+                 (given.KEEPS[:1] + given.KNOBS[method] if method in given.KNOBS else given.KEEPS)]
         if "keeping_all" in metafunc.function.__name__:                 # whatever it was, keep becomes 1.0
             unlike = {str((method, {**knob, "keep": 1.0})): (method, knob) for method, knob in cases}
             cases = list(unlike.values())

@@ -56,8 +56,8 @@ def graphs_made_by(work: Callable[[], None]) -> int:
 
 
 def test_every_method_gives_the_same_tokens_from_one_graph(plain, compiled, scenes):
-    def ask_everything():
-        for i, (picture, turns) in enumerate(scenes):
+    def ask_everything(pictures: int = PICTURES):
+        for i, (picture, turns) in enumerate(scenes[:pictures]):
             for pruner in pruners(i):
                 expected = plain.ask(turns, picture, 24, pruner=pruner)
                 answer = compiled.ask(turns, picture, 24, pruner=pruner)
@@ -80,7 +80,7 @@ def test_every_method_gives_the_same_tokens_from_one_graph(plain, compiled, scen
     assert graphs_made_by(ask_everything) == 1                              # for any number of rows but one
     assert graphs_made_by(ask_alone) == 1
     assert graphs_made_by(ask_without_a_picture) == 1
-    assert graphs_made_by(ask_everything) == 0
+    assert graphs_made_by(lambda: ask_everything(2)) == 0
 
 
 def test_lengths_in_whole_buckets_change_next_to_nothing(plain, scenes):

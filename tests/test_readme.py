@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import generate
+from benchmarks.tables import milliseconds
 from pruning import METHODS, Pruner, load, moments
 from report import size
 
@@ -154,8 +155,8 @@ def test_the_table_of_costs_is_that_of_the_stored_measurements():
         cells = []
         for row, (whole, *_) in zip(rows, both, strict=True):
             for name in "prefill_ms", "token_ms":
-                more = f"{row[name] - whole[name]:+.3g} ms"
-                cells.append(f"{row[name]:.3g} ms" if row is whole else more)
+                more = milliseconds(row[name] - whole[name], "+")
+                cells.append(milliseconds(row[name]) if row is whole else more)
             cells += [size(row["stored_bytes"]), size(row["read_bytes"])]
         assert line[1:] == cells
 
