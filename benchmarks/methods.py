@@ -16,7 +16,6 @@ from random import Random
 from tempfile import TemporaryDirectory
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.subject import Greedy, Subject, Timed, cut, random_model
@@ -26,7 +25,7 @@ from model.image_tokens import ImageTokens, kv_bytes
 from pruning import Pruner
 from pruning.quecc import Compressor
 from report import Clock, say
-from weights import save_model
+from weights import save_model, write_tensors
 
 STRIDE = 2              # patches along a region that is compressed: about a quarter of the tokens are left
 GUIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2}
@@ -69,7 +68,7 @@ def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
         vision = config.vision
         compressor = Compressor(vision.hidden_size, vision.output_dim, config.text.hidden_size, STRIDE)
         tokens = (-(-vision.patches_per_side // STRIDE)) ** 2
-        save_file(compressor.state_dict(), folder / f"quecc_{tokens}.safetensors")
+        write_tensors(folder / f"quecc_{tokens}.safetensors", compressor.state_dict())
     return replace(pruner, **{name: str(folder) for name in ("guide", "weights") if name in names})
 
 

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -29,7 +28,7 @@ from model.prompt import Prompter, messages
 from pruning.attention_predictor import AttentionPredictor, Network
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.questions import KINDS, ask
-from weights import LEARNED, find_checkpoint, load_model
+from weights import LEARNED, find_checkpoint, load_model, write_tensors
 
 BLOCKS = 16, 4                  # patches; the first is the default of the method
 WINDOW = 64
@@ -198,7 +197,7 @@ def main():
     for row in figures["recall"]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     args.out.mkdir(parents=True, exist_ok=True)
-    save_file(network.state_dict(), args.out / "attention_predictor.safetensors")
+    write_tensors(args.out / "attention_predictor.safetensors", network.state_dict())
     (args.out / "attention_predictor.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{args.out}: attention_predictor.safetensors, attention_predictor.json")
 

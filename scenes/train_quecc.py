@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -29,7 +28,7 @@ from model.prompt import Prompter
 from pruning.quecc import Compressor, compress, load_compressor, pooled_grids
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.lessons import Lessons, turns
-from weights import LEARNED, find_checkpoint, load_model
+from weights import LEARNED, find_checkpoint, load_model, write_tensors
 
 LENGTH = 96                                     # text tokens of a question and its answer, at most
 LOG_EVERY, SAVE_EVERY = 50, 200                 # steps
@@ -128,7 +127,7 @@ def export(compressor: Compressor, grid: int, folder: Path) -> Path:
     path = folder / f"quecc_{grid ** 2}.safetensors"
     state = {name: tensor.to(torch.bfloat16) for name, tensor in compressor.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(state, path.with_suffix(".partial"), {"format": "pt"})
+    write_tensors(path.with_suffix(".partial"), state)
     path.with_suffix(".partial").replace(path)
     return path
 

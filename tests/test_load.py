@@ -180,7 +180,7 @@ def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("weights.load._write", full_disk)
+    monkeypatch.setattr("weights.load.write_tensors", full_disk)
     with pytest.raises(OSError, match="No space"):
         save_model(model, tmp_path)
     assert_equal(load_model(tmp_path), tensors)

@@ -74,14 +74,14 @@ def save_model(model: LlamaVision, folder: str | Path) -> Path:
             del state[official_name(HEAD)]
     partial = folder / (SINGLE + ".partial")
     try:
-        _write(partial, state)
+        write_tensors(partial, state)
         os.replace(partial, folder / SINGLE)
     finally:
         partial.unlink(missing_ok=True)
     return folder / SINGLE
 
 
-def _write(path: Path, tensors: dict[str, Tensor]):
+def write_tensors(path: Path, tensors: dict[str, Tensor]):
     """A safetensors file, written tensor by tensor; safetensors' own save_file would need numpy."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))   # so they are aligned
     codes = {dtype: code for code, dtype in STORED.items()}
