@@ -67,9 +67,10 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
         image = pruner.encoded(image, Prompts(prompts, max_new_tokens, stop_ids, question))     # moment 1
         branches = len(image.features) // len(prompts)
         if early := pruner.answered():
-            for row, token in ((row, token) for row, said in early.items() for token in said):
-                answer.tokens[row].append(token)
-                emit(row, token)
+            for row, said in early.items():
+                answer.tokens[row] = list(said)
+                for token in said:
+                    emit(row, token)
             rows = [row for row in rows if row not in early]
             image, input_ids, lengths = image.rows(rows), input_ids[rows], [lengths[row] for row in rows]
             answer.early = sorted(early)

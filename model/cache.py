@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV
+from model.image_tokens import ImageKV, kv_bytes
 
 BUCKET = 64
 
@@ -70,4 +70,4 @@ class Cache:
         return sum(t.nbytes for t in self.keys + self.values)
 
     def image_bytes(self) -> int:
-        return sum(kv.key.nbytes + kv.value.nbytes for kv in self.images)
+        return kv_bytes(self.images)

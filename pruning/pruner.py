@@ -186,8 +186,12 @@ class EachLayer(Pruner):
         """What each layer keeps, bool, shaped like its scores."""
         return [top(score, self.keep, kv) for score, kv in zip(self.scores, kvs, strict=True)]
 
+    def cut(self, kv: ImageKV, kept: Tensor) -> ImageKV:
+        """What is left of a layer where so much of it is kept, [B, N] or [B, K, N]."""
+        return kv.take(kept)
+
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        return [kv.take(kept) for kv, kept in zip(kvs, self.chosen(kvs), strict=True)]
+        return [self.cut(kv, kept) for kv, kept in zip(kvs, self.chosen(kvs), strict=True)]
 
 
 def chance(seed: int, prompts: Prompts, image: ImageTokens) -> Tensor:

@@ -33,15 +33,6 @@ class EachLayerAndText(EachLayer):
     def keeps_all(self) -> bool:
         return super().keeps_all and self.text_keep == 1
 
-    def cut(self, kv: ImageKV, kept: Tensor) -> ImageKV:
-        """A cache of either kind with what is kept of it, [B, K, N]."""
-        return kv.take(kept)
-
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        return [self.cut(kv, kept) for kv, kept in zip(kvs, self.chosen(kvs), strict=True)]
-
-    # ----- text
-
     def text_score(self, q: Tensor, key: Tensor, sees: Tensor) -> Tensor:
         """[B, K, T] fp32 of one self-attention layer: q and key as `Pruner.text_layer` has them, and which
         rows see which tokens, [B, T, T]; padding neither sees nor is seen."""
