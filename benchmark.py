@@ -1,7 +1,7 @@
 """How fast this is, part by part, beside transformers in the same process: `python benchmark.py`.
 
     for every number of tiles:      encode, project (projector and K/V of all cross-attention layers)
-        for every batch:            prefill, prune (the method's own moments), first_token (encode + prefill),
+        for every batch:            prefill, prune (the method's own hooks), first_token (encode + prefill),
                                     decode (of a token, sampled greedily), peak_memory, image_kv
 
 What is compared runs in turns (ours, theirs, ours, theirs, ...) on the same weights and inputs, and counts
@@ -28,15 +28,15 @@ from benchmarks.parts import EAGER, PEER, WHOLE, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
+from evaluation.results import check_plot
 from generate import Parser, parse_pruner
 from model.config import Config
-from model.prompt import check_length
 from pruning import Pruner, load, several
 from report import fail, say
-from results import check_plot
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights.tokenizer import check_length
 
-FOLDER = Path(tables.__file__).parent
+FOLDER = Path(tables.__file__).parent / "results"
 TABLE2 = {"batch": [1, 4, 8, 16, 32], "tiles": [4], "keep": [0.509, 0.396]}     # of arXiv 2504.00557
 
 
@@ -46,13 +46,13 @@ def arguments() -> argparse.Namespace:
     add("--model", metavar="M", help="real weights: 'tiny' (bundled), a folder, or a hub id")
     add("--shape", choices=SHAPES, help="random weights of this shape; default tiny")
     add("--layers", type=int, metavar="N", help="a slice: N decoder layers, 2 vision layers of each kind")
-    add("--batch", type=numbers, metavar="N,...", help="questions about the picture; default 1")
-    add("--tiles", type=numbers, metavar="N,...", help="of the picture; default 1,4")
+    add("--batch", type=numbers, metavar="N,...", help="questions about the image; default 1")
+    add("--tiles", type=numbers, metavar="N,...", help="of the image; default 1,4")
     add("--prompt-tokens", type=int, default=128, metavar="N", help="default 128")
     add("--new-tokens", type=int, default=32, metavar="N", help="that are timed in decode; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
-    add("--set", action="append", default=[], metavar="K=V", help="another knob of it; P.K=V with --methods")
+    add("--set", action="append", default=[], metavar="K=V", help="another option of it; P.K=V with --methods")
     add("--against", choices=[PEER], help="on the same weights, in turns")
     add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
@@ -63,7 +63,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
     add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
     add("--repeat", type=int, default=7, metavar="N", help="rounds, after warm-up; default 7")
-    add("--report", action="store_true", help="put benchmarks/*.json into the READMEs, no more")
+    add("--report", action="store_true", help="put benchmarks/results/*.json into the READMEs, no more")
     return parser.parse_args()
 
 

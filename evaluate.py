@@ -25,19 +25,19 @@ from PIL import ImageFilter
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from evaluation.results import Papers, Score, Store, check_plot, denied, figures, full_score, plot, table
 from generate import Assistant, Parser
 from model.decoder import CrossAttentionLayer
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
-from model.prompt import messages
-from pruning import Pruner, column_mass, moments, several, top
-from report import Picture, fail, mean, say
-from results import Papers, Score, Store, check_plot, denied, figures, full_score, plot, table
+from pruning import Pruner, attention_received, hooks, several, top_k_mask
+from report import EncodedImages, fail, mean, say
 from scenes.draw import RATIOS, Scene, draw, make_scene
 from scenes.questions import KINDS, Question, ask
 from weights import find_checkpoint
+from weights.tokenizer import messages
 
-PER_PICTURE = 3             # questions asked about one picture
+PER_IMAGE = 3             # questions asked about one image
 MAX_NEW_TOKENS = 64
 KEEPS = "0.5,0.25,0.1,0.05,0.02"
 SMALL = 100_000_000         # bytes of weights that are read to know them again
@@ -52,7 +52,7 @@ def exam(count: int, split: str = "test", kinds: Sequence[str] = tuple(KINDS)) -
         rng = random.Random(f"exam/{split}/{index}")
         wanted = sorted(kinds, key=lambda kind: asked[kind])
         possible = (question for kind in wanted if (question := ask(scene, rng, kind)) is not None)
-        questions = [question for question, _ in zip(possible, range(min(PER_PICTURE, left)), strict=False)]
+        questions = [question for question, _ in zip(possible, range(min(PER_IMAGE, left)), strict=False)]
         asked.update(question.kind for question in questions)
         papers += [(scene, questions)] if questions else []
         index += 1
@@ -62,9 +62,9 @@ def exam(count: int, split: str = "test", kinds: Sequence[str] = tuple(KINDS)) -
 def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (Pruner(),),
              compare_layers: bool = False, done: Sequence[dict] = (), store: Store | None = None,
              blur: float = 0) -> list[dict]:
-    """Ask everything with every pruner, greedily: the records of all pictures, as `examine` makes them.
+    """Ask everything with every pruner, greedily: the records of all images, as `examine` makes them.
 
-    `done` are those of the first pictures, from an earlier run; each new one is added to `store`.
+    `done` are those of the first images, from an earlier run; each new one is added to `store`.
     """
     records, began = list(done), time.monotonic()
     for scene, questions in papers[len(done):]:
@@ -79,7 +79,7 @@ def evaluate(assistant: Assistant, papers: Papers, pruners: Sequence[Pruner] = (
 
 def examine(assistant: Assistant, scene: Scene, questions: list[Question], pruners: Sequence[Pruner],
             compare_layers: bool, blur: float = 0) -> dict:
-    """A picture's questions in one batch, with every pruner. Of each pruner: which answers are `right`, which
+    """A image's questions in one batch, with every pruner. Of each pruner: which answers are `right`, which
     say yes to what is not there (`wrong_yes`) and which a smaller model gave (`early`), the share `kept` of
     the image tokens for each question, and bytes, times and decode `steps` of the batch."""
     drawn = [draw(scene).filter(ImageFilter.GaussianBlur(blur)) if blur else draw(scene)]
@@ -89,10 +89,10 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
         if rows and pruner.keeps_all:                   # as the first one, which was asked already
             rows.append(rows[0])
             continue
-        shrinks = "pictures" in moments(type(pruner)) and not pruner.keeps_all
-        picture = assistant.look(drawn, pruner) if shrinks else whole
-        answer = assistant.ask(turns, picture, MAX_NEW_TOKENS, pruner=pruner)
-        texts = [assistant.prompter.decode(tokens) for tokens in answer.tokens]
+        shrinks = "images" in hooks(type(pruner)) and not pruner.keeps_all
+        image = assistant.look(drawn, pruner) if shrinks else whole
+        answer = assistant.ask(turns, image, MAX_NEW_TOKENS, pruner=pruner)
+        texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
         # The first token comes from prefill; each further one, or the stop token, takes a step.
         steps = max(min(len(tokens), MAX_NEW_TOKENS - 1) for tokens in answer.tokens)
         rows.append({"right": [text == question.answer
@@ -100,7 +100,7 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
                      "wrong_yes": [denied(question) and text == "yes"
                                    for text, question in zip(texts, questions, strict=True)],
                      "early": [row in answer.early for row in range(len(questions))],
-                     "kept": [mean(layers) / picture.real for layers in answer.kept],
+                     "kept": [mean(layers) / image.real for layers in answer.kept],
                      "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored": answer.image_kv_stored,
                      "prefill_ms": answer.ms["prefill"], "decode_ms": answer.ms["decode"], "steps": steps})
     return {"rows": rows, "alike": layers_alike(assistant, turns, whole) if compare_layers else None}
@@ -110,7 +110,7 @@ def show_progress(done: int, total: int, seconds_each: float):
     minutes, seconds = divmod(round((total - done) * seconds_each), 60)
     left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
     bar = f"[{'=' * (30 * done // total):30}]"
-    say(f"\r{bar} {done}/{total} pictures, {left} left      ", end="\n" if done == total else "")
+    say(f"\r{bar} {done}/{total} images, {left} left      ", end="\n" if done == total else "")
 
 
 # ----- what the cross-attention layers have in common
@@ -118,27 +118,27 @@ def show_progress(done: int, total: int, seconds_each: float):
 
 class Observer(Pruner):
     """Keeps everything, and notes how much attention of the prompt each image token gets in each layer."""
-    keeps_all = False               # or no moment would be called
+    keeps_all = False               # or no hook would be called
 
     def __post_init__(self):
         super().__post_init__()
         self.masses: list[Tensor] = []                                                      # C of [B, N]
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
-        self.masses.append(column_mass(queries, kv, heads="layer"))
+        self.masses.append(attention_received(queries, kv, heads="layer"))
         return image, kv
 
 
-def layers_alike(assistant: Assistant, turns: list[list[dict]], picture: Picture) -> dict:
+def layers_alike(assistant: Assistant, turns: list[list[dict]], image: EncodedImages) -> dict:
     """How alike the attention maps of the layers are: sums over the questions, two matrices [C][C].
 
     `cosine` of two maps, and `top10_overlap`, the share of the 10 % of tokens that get most attention in one
     layer which are among those of the other. Maps that sum to 1 would give the same.
     """
     observer = Observer()
-    assistant.ask(turns, picture, 1, pruner=observer)                       # prefill is all that it takes
+    assistant.ask(turns, image, 1, pruner=observer)                       # prefill is all that it takes
     maps = torch.stack(observer.masses, dim=1)                                              # [B, C, N]
-    best, unit = top(maps, 0.1, picture.tokens).double(), normalize(maps.double(), dim=-1)
+    best, unit = top_k_mask(maps, 0.1, image.tokens).double(), normalize(maps.double(), dim=-1)
     overlap = best @ best.mT / best[0, 0].sum()
     return {"cosine": (unit @ unit.mT).sum(0).tolist(), "top10_overlap": overlap.sum(0).tolist()}
 
@@ -175,7 +175,7 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
             "skip_layer": args.skip_layer, "device": args.device,
             "dtype": args.dtype, "files": {name: zlib.crc32(Path(name).read_bytes()) for name in files},
-            "rows": [[pruner.name, pruner.keep, pruner.knobs_set()] for pruner in pruners]}
+            "rows": [[pruner.name, pruner.keep, pruner.options_set()] for pruner in pruners]}
 
 
 def fingerprint(folder: Path) -> int:
@@ -194,11 +194,11 @@ def arguments() -> argparse.Namespace:
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--questions", type=int, default=2000, metavar="N", help="default 2000")
     add("--kinds", metavar="K,...", help=f"of question; default {','.join(KINDS)}")
-    add("--blur", type=float, default=0, metavar="R", help="blur the pictures: a Gaussian of R pixels")
+    add("--blur", type=float, default=0, metavar="R", help="blur the images: a Gaussian of R pixels")
     add("--skip-layer", type=int, metavar="I", help="close cross-attention layer I")
     add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS")
     add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
-    add("--set", action="append", default=[], metavar="P.K=V", help="another knob of a method")
+    add("--set", action="append", default=[], metavar="P.K=V", help="another option of a method")
     add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE; FILE.part while it runs")
@@ -210,7 +210,7 @@ def plan(prune: str | None, keep: str | None, settings: list[str]) -> list[Prune
     """The full model, then every method at every keep ratio; ValueError with one line for bad input."""
     if prune is None:
         if keep is not None or settings:
-            raise ValueError("--keep and --set are knobs of methods: name these with --prune")
+            raise ValueError("--keep and --set are options of methods: name these with --prune")
         return [Pruner()]
     pruners = several(prune, (KEEPS if keep is None else keep).split(","), settings)
     return [Pruner(), *(pruner for pruner in pruners if type(pruner) is not Pruner)]

@@ -5,7 +5,7 @@
                                                                                 ▲                 │
                                                                                 └──── decode ◄────┘
 
-`generate` is that loop, with the moments at which a pruner may act; read it first. `Assistant` holds the
+`generate` is that loop, with the hooks at which a pruner may act; read it first. `Assistant` holds the
 parts of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
 """
 import argparse
@@ -24,16 +24,16 @@ from PIL import Image
 from torch import Tensor
 
 from model.cache import Cache
-from model.image import ImageProcessor, open_picture
 from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
-from model.prompt import Prompter, Stream, check_length, messages
-from model.sampler import GREEDY, Arriving, Sampler, one_ahead
-from pruning import Prompts, Pruner, catalogue, load, parse_knob, parse_number
-from pruning.picture import attention_map, kept_map
+from model.sampling import GREEDY, Arriving, Sampler, one_ahead
+from pruning import Prompts, Pruner, catalogue, load, parse_number, parse_option
 from pruning.recorder import Recorder
-from report import Answer, Clock, Picture, as_json, fail, say, say_cost, say_model, write
+from pruning.visualize import attention_map, kept_map
+from report import Answer, Clock, EncodedImages, as_json, fail, say, say_cost, say_model, write
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights.images import ImageProcessor, open_image
+from weights.tokenizer import ChatTokenizer, Detokenizer, check_length, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
 
@@ -46,7 +46,7 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     """Continue every prompt to a stop token or `max_new_tokens`; each new token goes to `emit(row, token)`.
 
     `image` is what `model.encode` made of the pictures; `decode` is `model.decode` if not given, or Compiled
-    of it. Raises ValueError where a prompt does not fit in, or the pruner's knobs do not fit the model.
+    of it. Raises ValueError where a prompt does not fit in, or the pruner's options do not fit the model.
     """
     lengths = [len(prompt) for prompt in prompts]
     for length in lengths:
@@ -64,7 +64,7 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     answer = Answer([[] for _ in prompts], seen, [[0.0] * layers for _ in prompts])
     if image is not None:
         question = model.question(input_ids, lengths) if "question" in pruner.needs else None
-        image = pruner.encoded(image, Prompts(prompts, max_new_tokens, stop_ids, question))     # moment 1
+        image = pruner.encoded(image, Prompts(prompts, max_new_tokens, stop_ids, question))     # hook 1
         branches = len(image.features) // len(prompts)
         if early := pruner.answered():
             for row, said in early.items():
@@ -120,7 +120,7 @@ class Assistant:
         device, dtype = parse_device(device), parse_dtype(dtype)        # before a download of an hour
         folder = find_checkpoint(source, revision)
         self.model = load_model(folder, device, dtype)
-        self.prompter = Prompter.from_folder(folder, self.model.config)
+        self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config)
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
         if compile:         # imported here, for a compiler takes seconds to import
@@ -129,20 +129,20 @@ class Assistant:
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
     def look(self, pictures: list[Image.Image], pruner: Pruner | None = None,
-             vision: bool = False) -> Picture:
+             vision: bool = False) -> EncodedImages:
         """Encode RGB pictures, once for any number of questions; the pruner may shrink them first. What the
         encoder knows beside is kept where it needs that, or with `vision`."""
         whole = self.processor(pictures)
         pruner = Pruner() if pruner is None or pruner.keeps_all else pruner
-        tiles = pruner.pictures(pictures, self.processor)                       # moment 0
+        tiles = pruner.pictures(pictures, self.processor)                       # hook 0
         clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
             tokens = self.model.encode([tiles], vision or "vision" in pruner.needs)
         real = self.model.image_tokens(whole.grid.tolist())
         slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
-        return Picture(tiles, tokens, clock.lap(), slots, real)
+        return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
-    def ask(self, conversations: list[list[dict]], picture: Picture, max_new_tokens: int,
+    def ask(self, conversations: list[list[dict]], picture: EncodedImages, max_new_tokens: int,
             sampler: Sampler = GREEDY, date: str | None = None,
             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
             ) -> Answer:
@@ -150,17 +150,17 @@ class Assistant:
 
         A pruner works on the picture anew each time: what one question leaves out, the next may need.
         """
-        prompts = [self.prompter.encode(conversation, date) for conversation in conversations]
+        prompts = [self.tokenizer.encode(conversation, date) for conversation in conversations]
         answer = generate(self.model, prompts, picture.expand(len(prompts)), max_new_tokens,
-                          self.prompter.stop_ids, sampler, emit, pruner, self.decode)
+                          self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
         answer.ms = {**self.ms, "encode": picture.ms, **answer.ms}
         return answer
 
-    def warm_up(self, rows: int, picture: Picture):
+    def warm_up(self, rows: int, picture: EncodedImages):
         """Compile what answers of so many rows about this picture need; no answer waits for it then."""
         question = messages("?", len(picture.tiles) if picture.tokens is not None else 0)
         clock = Clock(self.model.lm_head.weight.device)
-        prompts = [self.prompter.encode(question)] * rows
+        prompts = [self.tokenizer.encode(question)] * rows
         generate(self.model, prompts, picture.expand(rows), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()
 
@@ -196,7 +196,7 @@ def arguments() -> argparse.Namespace:
     add("--json", action="store_true", help="one JSON object on stdout")
     add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
-    add("--set", action="append", default=[], metavar="K=V", help="another knob of the method")
+    add("--set", action="append", default=[], metavar="K=V", help="another option of the method")
     add("--save-map", metavar="PATH", help="draw what was kept over the picture")
     add("--map", choices=("kept", "attention"), default="kept",
         help="attention: draw what the prompt looks at")
@@ -220,7 +220,7 @@ def command(args: argparse.Namespace):
     chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
     if chatting and args.json:
         raise ValueError("--json needs a --prompt: a chat is for people")
-    pictures = [open_picture(path) for path in args.image]
+    pictures = [open_image(path) for path in args.image]
     prompts = args.prompt or ([] if chatting else [piped_prompt(bool(pictures))])
     if args.save_map is not None:
         check_map(Path(args.save_map), len(prompts), len(pictures))
@@ -254,11 +254,11 @@ def check_map(path: Path, prompts: int, pictures: int):
 
 
 def parse_pruner(args: argparse.Namespace) -> Pruner | None:
-    settings = dict(map(parse_knob, args.set))
+    settings = dict(map(parse_option, args.set))
     if args.keep is not None:
         settings["keep"] = parse_number(args.keep)
     if args.prune is None and settings:
-        raise ValueError("--keep and --set are knobs of a method: name it with --prune ('list' shows all)")
+        raise ValueError("--keep and --set are options of a method: name it with --prune ('list' shows all)")
     return None if args.prune is None else load(args.prune, **settings)
 
 
@@ -273,10 +273,10 @@ def piped_prompt(has_picture: bool) -> str:
     return text or "Describe the picture."
 
 
-def answer_all(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampler: Sampler,
+def answer_all(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages, sampler: Sampler,
                pruner: Pruner | None, prompts: list[str]):
     """One answer is streamed; those of a batch are printed in order, a line each."""
-    stream, live = Stream(assistant.prompter), len(prompts) == 1 and not args.json
+    stream, live = Detokenizer(assistant.tokenizer), len(prompts) == 1 and not args.json
 
     def emit(row: int, token: int):
         if live:
@@ -285,7 +285,7 @@ def answer_all(args: argparse.Namespace, assistant: Assistant, picture: Picture,
     conversations = [messages(prompt, len(args.image), args.system) for prompt in prompts]
     answer = assistant.ask(conversations, picture, args.max_new_tokens, sampler, args.date, emit,
                            pruner)
-    texts = [assistant.prompter.decode(tokens) for tokens in answer.tokens]
+    texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
         write(json.dumps(as_json(args.model, texts, answer, picture, named), ensure_ascii=False) + "\n")
@@ -295,7 +295,7 @@ def answer_all(args: argparse.Namespace, assistant: Assistant, picture: Picture,
     say_cost(answer, picture, named)
 
 
-def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampler: Sampler,
+def chat(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages, sampler: Sampler,
          pruner: Pruner | None):
     """Questions and answers until the input ends; all see the pictures, which were encoded once."""
     say_model(args.model)
@@ -304,7 +304,7 @@ def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampl
     images = len(args.image)
     while question := ask_person():
         asked = [*history, *messages(question, images)]
-        stream = Stream(assistant.prompter)
+        stream = Detokenizer(assistant.tokenizer)
         try:
             answer = assistant.ask([asked], picture, args.max_new_tokens, sampler, args.date,
                                    lambda row, token, stream=stream: write(stream.push(token)), pruner)
@@ -313,7 +313,7 @@ def chat(args: argparse.Namespace, assistant: Assistant, picture: Picture, sampl
             continue
         write(stream.flush() + "\n")
         say_cost(answer, picture, None if pruner is None else str(pruner))
-        history = [*asked, {"role": "assistant", "content": assistant.prompter.decode(answer.tokens[0])}]
+        history = [*asked, {"role": "assistant", "content": assistant.tokenizer.decode(answer.tokens[0])}]
         images = 0                              # they stand in the first question
 
 

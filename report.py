@@ -1,6 +1,6 @@
 """What an answer took: for people on stderr, and as JSON.
 
-`generate.generate` fills an Answer, `generate.Assistant.look` a Picture; the rest of this file puts both into
+`generate.generate` fills an Answer, `generate.Assistant.look` a EncodedImages; the rest of this file puts both into
 words. `pruner` is what describes one, None where none was asked for. stdout belongs to answers alone.
 """
 import sys
@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from model.image import Tiles
-from model.image_tokens import ImageTokens
+from model.image_tokens import ImageTokens, Tiles
 
 
 @dataclass
-class Picture:
+class EncodedImages:
     """The encoded pictures that a question is about."""
     tiles: Tiles
     tokens: ImageTokens | None
@@ -67,7 +66,7 @@ class Clock:
         return (now - before) * 1000
 
 
-def as_json(model: str, texts: list[str], answer: Answer, picture: Picture, pruner: str | None) -> dict:
+def as_json(model: str, texts: list[str], answer: Answer, picture: EncodedImages, pruner: str | None) -> dict:
     """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
     one, kept = len(texts) == 1, [round(mean(row)) for row in answer.kept]
     return {"model": model, "answer": texts[0] if one else texts,
@@ -86,7 +85,7 @@ def say_model(model: str):
         "--model meta-llama/Llama-3.2-11B-Vision-Instruct" if model == "tiny" else f"model {model}")
 
 
-def say_cost(answer: Answer, picture: Picture, pruner: str | None):
+def say_cost(answer: Answer, picture: EncodedImages, pruner: str | None):
     if picture.tokens is not None:
         say(f"image tokens {picture.slots} slots -> {picture.real} real{kept_words(answer, picture, pruner)}")
         more = f" of {size(answer.image_kv_stored)} held" * (answer.image_kv_stored > answer.image_kv_bytes)
@@ -95,7 +94,7 @@ def say_cost(answer: Answer, picture: Picture, pruner: str | None):
         f"peak memory {size(peak_memory())}")
 
 
-def kept_words(answer: Answer, picture: Picture, pruner: str | None) -> str:
+def kept_words(answer: Answer, picture: EncodedImages, pruner: str | None) -> str:
     """What became of the real image tokens: those of earlier pictures are out of sight, others are pruned."""
     seen, words = mean(answer.seen), ""
     if round(seen) != picture.tokens.features.shape[1]:

@@ -2,9 +2,9 @@
 
 All methods take turns, in another order every round, so that what one leaves behind in caches and memory does
 not always meet the same neighbour. A round of one is a prompt and some decoded tokens, twice: timed from
-outside, and with the clock on its own moments, which on a GPU drains the queue each time. So own work is what
-its moments take, and the difference to the whole image is what it costs or gains all in all: a second branch
-that decoding reads is in the latter alone. Encoding the picture counts for nobody. Bytes read are those that
+outside, and with the clock on its own hooks, which on a GPU drains the queue each time. So own work is what
+its hooks take, and the difference to the whole image is what it costs or gains all in all: a second branch
+that decoding reads is in the latter alone. Encoding the image counts for nobody. Bytes read are those that
 attention reads at a step; what a method looks up itself to choose is its own work. Where weights are random,
 so are those of a guide and of what is trained.
 """
@@ -23,7 +23,7 @@ from model.cache import Cache
 from model.config import Config
 from model.image_tokens import ImageTokens, kv_bytes
 from pruning import Pruner
-from pruning.quecc import Compressor
+from pruning.methods.quecc import Compressor
 from report import Clock, say
 from weights import save_model, write_tensors
 

@@ -18,8 +18,7 @@ from benchmarks.measure import in_turns, peak_added, timed
 from benchmarks.peer import Peer
 from benchmarks.subject import Greedy, Subject, Timed, grid_of
 from benchmarks.waterfall import pace
-from model.image import Grid, Tiles
-from model.image_tokens import ImageTokens
+from model.image_tokens import Grid, ImageTokens, Tiles
 from pruning import Pruner
 from report import say
 
@@ -29,7 +28,7 @@ WHOLE, PEER, EAGER, COMPILED, STATIC = "none", "transformers", "eager", "compile
 
 
 @dataclass
-class Picture:
+class EncodedImages:
     """A picture of so many tiles as each method sees it, encoded; `states` are transformers'."""
     count: int
     tiles: dict[str, Tiles]
@@ -62,7 +61,7 @@ class Bench:
 
     # ----- the parts
 
-    def look(self, tiles: int) -> Picture:
+    def look(self, tiles: int) -> EncodedImages:
         """Encode the picture, timed; only methods that act before the encoder see another one."""
         views = {name: self.subject.tiles(tiles, pruner) for name, pruner in self.pruners.items()}
         whole = views[WHOLE]
@@ -74,10 +73,10 @@ class Bench:
         repeat = self.args.repeat if self.args.preset is None else 1
         samples = in_turns(jobs, repeat, self.subject.device)
         images = {name: self.subject.model.encode([view]) for name, view in own.items()}
-        return Picture(tiles, views, {name: images.get(name, images[WHOLE]) for name in views},
+        return EncodedImages(tiles, views, {name: images.get(name, images[WHOLE]) for name in views},
                        None if self.peer is None else self.peer.encode(whole), samples)
 
-    def pictures(self, picture: Picture) -> list[dict]:
+    def pictures(self, picture: EncodedImages) -> list[dict]:
         model, image = self.subject.model, picture.images[WHOLE]
         flops = {name: model.flops(1, view.grid.tolist())["encode"] for name, view in picture.tiles.items()}
         rows = self.rows("encode", 1, picture.count, picture.encode, flops=flops)
@@ -86,7 +85,7 @@ class Bench:
         flops = {WHOLE: self.subject.project_flops(image.features.shape[1])}
         return rows + self.rows("project", 1, picture.count, samples, flops=flops)
 
-    def prompts(self, batch: int, picture: Picture) -> list[dict]:
+    def prompts(self, batch: int, picture: EncodedImages) -> list[dict]:
         """prefill, first_token, and the methods' own work beside the prefill of the whole decoder."""
         subject, room = self.subject, self.args.new_tokens
         ids, text = (subject.prompt(batch, self.args.prompt_tokens, image) for image in (True, False))
@@ -108,9 +107,9 @@ class Bench:
             rows += self.own_work(batch, picture, ids, text, clocks)
         return rows
 
-    def own_work(self, batch: int, picture: Picture, ids: Tensor, text: Tensor,
+    def own_work(self, batch: int, picture: EncodedImages, ids: Tensor, text: Tensor,
                  clocks: dict[str, Timed]) -> list[dict]:
-        """prune: the moments of every method in a prefill, and as a share of the whole decoder's prefill, of
+        """prune: the hooks of every method in a prefill, and as a share of the whole decoder's prefill, of
         which a slice's is a part, all layers charged for the whole image. A method's own work is taken as it
         is: those that choose once do not choose more often in a deeper model."""
         subject, own = self.subject, {name: [] for name in clocks if name != WHOLE}
@@ -131,7 +130,7 @@ class Bench:
             row |= {"whole_prefill_ms": whole, "share_of_prefill": row["ours_ms"] / whole}
         return rows
 
-    def tokens(self, batch: int, picture: Picture) -> list[dict]:
+    def tokens(self, batch: int, picture: EncodedImages) -> list[dict]:
         """decode, of one token of every row, and beside it the linear layers of a step alone."""
         subject, args = self.subject, self.args
         pieces, each, warm_up, room = pace(args.new_tokens, args.repeat)
@@ -164,7 +163,7 @@ class Bench:
                 row["peer_first_call_s"] = first[PEER, STATIC]
         return rows
 
-    def memory(self, batch: int, picture: Picture) -> list[dict]:
+    def memory(self, batch: int, picture: EncodedImages) -> list[dict]:
         """peak_memory: what a prompt adds to the weights, from its tiles to the second token. image_kv."""
         subject = self.subject
         ids, peaks, held = subject.prompt(batch, self.args.prompt_tokens), {}, {}
@@ -189,7 +188,7 @@ class Bench:
         return (self.rows("peak_memory", batch, picture.count, {}, held=peaks)
                 + self.rows("image_kv", batch, picture.count, {}, held=held))
 
-    def difference(self, picture: Picture) -> dict[str, float]:
+    def difference(self, picture: EncodedImages) -> dict[str, float]:
         """The largest difference of logits after the prompt and after one token more, both deviations of
         transformers corrected; and the standard deviation of ours, to compare it with."""
         ids, model = self.subject.prompt(1, self.args.prompt_tokens), self.subject.model
@@ -204,7 +203,7 @@ class Bench:
 
     # ----- rows
 
-    def grids(self, picture: Picture) -> list[Grid]:
+    def grids(self, picture: EncodedImages) -> list[Grid]:
         return [grid_of(self.subject.config.vision, picture.count)]
 
     def about(self, batch: int | None, tiles: int | None) -> dict:

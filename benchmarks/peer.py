@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from model.config import EXTRA_EMBEDDINGS, Config
-from model.image import Grid, Tiles
+from model.image_tokens import Grid, Tiles
 from model.llama_vision import LlamaVision
 from weights import official_state_dict
 from weights.load import model_name
@@ -63,7 +63,7 @@ class Peer:
 
     @torch.no_grad()
     def encode(self, tiles: Tiles) -> Tensor:
-        """Pictures -> cross_attention_states [I, slots·P, D] of all tile slots, as its forward makes them."""
+        """Images -> cross_attention_states [I, slots·P, D] of all tile slots, as its forward makes them."""
         device, slots = self.model.device, torch.arange(self.config.vision.max_num_tiles)
         ids = torch.tensor([self.config.vision.ratio_id(*grid) for grid in tiles.grid.tolist()])
         mask = (slots < tiles.real.cpu()[:, None]).long()                               # [I, slots]
@@ -77,13 +77,13 @@ class Peer:
                 static: bool = False) -> tuple[Tensor, PeerCache]:
         """Read prompts [B, T] of equal length -> logits of the last row [B, V] fp32, and a cache.
 
-        `grids` are those of a row's pictures, the same for all rows; `states` [B·I, slots·P, D], or of one
+        `grids` are those of a row's images, the same for all rows; `states` [B·I, slots·P, D], or of one
         row, then copied: there every row has its own. A static cache has room for `max_new_tokens` steps,
         compiled unless `eager` is set. Raises ValueError where text, states and grids do not fit together.
         """
         batch, length = input_ids.shape
         if not grids or len(states) not in (len(grids), batch * len(grids)):
-            raise ValueError(f"{len(states)} encoded pictures for {batch} rows of {len(grids)}: give one for "
+            raise ValueError(f"{len(states)} encoded images for {batch} rows of {len(grids)}: give one for "
                              "each, or those of one row")
         states = states.reshape(-1, len(grids) * states.shape[1], states.shape[2])
         states = states.expand(batch, -1, -1).contiguous()          # a view would slow its projections down
@@ -116,7 +116,7 @@ class Peer:
                   for row in input_ids.tolist()]
         if wrong := [row for row, held in enumerate(ranges) if len(held) != len(grids)]:
             raise ValueError(f"row {wrong[0]} has {len(ranges[wrong[0]])} image tokens in its text but "
-                             f"{len(grids)} pictures; give one for each")
+                             f"{len(grids)} images; give one for each")
         counts = [[rows * columns for rows, columns in grids]] * len(ranges)
         mask = own.convert_sparse_cross_attention_mask_to_dense(
             ranges, counts, self.config.vision.max_num_tiles, input_ids.shape[1])

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from benchmarks.measure import timed
 from model.cache import Cache, TextKV
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
-from model.image import Grid, ImageProcessor, Tiles
-from model.image_tokens import ImageKV, ImageTokens, Queries
+from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
 from pruning import Prompts, Pruner
 from weights import find_checkpoint
+from weights.images import ImageProcessor
 
 ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
 NINETY = replace(ELEVEN, text=replace(
@@ -106,13 +106,13 @@ class Subject:
         return Compiled(self.model.decode, self.device)
 
     def tiles(self, count: int, pruner: Pruner) -> Tiles:
-        """A random picture that fills `count` tiles, on the device, as the pruner's moment 0 leaves it."""
+        """A random picture that fills `count` tiles, on the device, as the pruner's hook 0 leaves it."""
         vision, (rows, columns) = self.config.vision, grid_of(self.config.vision, count)
         side, generator = vision.image_size, torch.Generator().manual_seed(count)
         shape = rows * side, columns * side, 3
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         picture = Image.frombytes("RGB", (shape[1], shape[0]), bytes(noise.flatten().tolist()))
-        tiles = pruner.pictures([picture], ImageProcessor(
+        tiles = pruner.images([picture], ImageProcessor(
             side, max_tiles=vision.max_num_tiles, canvases=vision.supported_aspect_ratios))
         return Tiles(tiles.pixels.to(self.device, self.dtype), tiles.grid)
 
@@ -131,7 +131,7 @@ class Subject:
             *image.features.shape[:2], self.config.vision.output_dim)
 
         def job():
-            tokens = ImageTokens(self.model.multi_modal_projector(states), image.place, image.mask)
+            tokens = ImageTokens(self.model.multi_modal_projector(states), image.coords, image.mask)
             for layer in self.model.language_model.cross_layers:
                 layer.cross_attn.keys_values(tokens)
         return job
@@ -165,7 +165,7 @@ class Subject:
         return head_ms + (text_ms - head_ms) * all_own / own + (image_ms - text_ms) * all_cross / cross
 
     def read(self, ids: Tensor, image: ImageTokens, room: int, pruner: Pruner) -> tuple[Tensor, Cache]:
-        """Prefill of prompts [B, T] about one picture, with the pruner's moments 1 to 3: logits and cache."""
+        """Prefill of prompts [B, T] about one picture, with the pruner's hooks 1 to 3: logits and cache."""
         question = self.model.question(ids, [ids.shape[1]] * len(ids)) if "question" in pruner.needs else None
         image = pruner.encoded(image.expand(len(ids)), Prompts(ids.tolist(), room, (), question))
         ids = ids.repeat(len(image.features) // len(ids), 1)                            # branches
@@ -211,7 +211,7 @@ def grid_of(vision: VisionConfig, count: int) -> Grid:
 
 
 class Timed(Pruner):
-    """Does what the pruner inside does, and adds up the milliseconds of its moments in `ms`."""
+    """Does what the pruner inside does, and adds up the milliseconds of its hooks in `ms`."""
 
     def __init__(self, inner: Pruner, device: torch.device):
         self.inner, self.device, self.keep, self.ms = inner, device, inner.keep, 0.0
@@ -238,7 +238,7 @@ class Timed(Pruner):
     def logits(self, logits: Tensor) -> Tensor:
         return self._add(lambda: self.inner.logits(logits))
 
-    def _add(self, moment: Callable):
+    def _add(self, hook: Callable):
         result = []
-        self.ms += timed(lambda: result.append(moment()), self.device)
+        self.ms += timed(lambda: result.append(hook()), self.device)
         return result[0]

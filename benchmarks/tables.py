@@ -194,8 +194,8 @@ def summary(files: dict[str, dict]) -> Table:
                 found[row["ours"], row["peer"]] = row["ratio"]
         if ratios:
             lines.append([title(made).rpartition(",")[0], *(
-                dash(best(ratios.get(place), own=name.endswith("best")), "{:.2f}".format)
-                for name, place in parts.items())])
+                dash(best(ratios.get(coords), own=name.endswith("best")), "{:.2f}".format)
+                for name, coords in parts.items())])
     return lines
 
 
@@ -238,8 +238,8 @@ def plot(made: dict, path: Path):
     axes = figure.subplots()
     height = 0.8 / len(series)
     for i, (name, values) in enumerate(series.items()):
-        places = [line + i * height for line in range(len(labels))]
-        drawn_bars = axes.barh(places, values, height, label=name, color=("#0072b2", "#d55e00")[i % 2])
+        coords_of = [line + i * height for line in range(len(labels))]
+        drawn_bars = axes.barh(coords_of, values, height, label=name, color=("#0072b2", "#d55e00")[i % 2])
         axes.bar_label(drawn_bars, [f"{value:.3g}" for value in values], padding=3, fontsize="small")
     axes.set_yticks([line + 0.4 - height / 2 for line in range(len(labels))], labels)
     axes.invert_yaxis()

@@ -69,10 +69,10 @@ class Compiled:
     def _image_buffers(self, layer: int, kv: ImageKV, length: int) -> ImageKV:
         shape = kv.key.shape[:3]
         mask = kv.key.new_ones(shape, dtype=torch.bool) if kv.mask is None else kv.mask.expand(shape)
-        place = torch.nn.functional.pad(kv.place, (0, 0, 0, length - shape[2]), value=-1)
+        coords = torch.nn.functional.pad(kv.coords, (0, 0, 0, length - shape[2]), value=-1)
         bias = None if kv.bias is None else self._buffer(f"image bias {layer}", kv.bias.expand(shape), length)
         return ImageKV(self._buffer(f"image keys {layer}", kv.key, length),
-                       self._buffer(f"image values {layer}", kv.value, length), place,
+                       self._buffer(f"image values {layer}", kv.value, length), coords,
                        self._buffer(f"image mask {layer}", mask, length), bias)
 
     def _buffer(self, name: str, held: Tensor, length: int | None = None) -> Tensor:

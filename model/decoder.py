@@ -17,7 +17,7 @@ from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequenc
 
 
 class Moments(Protocol):
-    """What reading a prompt calls of a pruner: the second and third of the moments in `pruning/pruner.py`."""
+    """What reading a prompt calls of a pruner: the second and third of the hooks in `pruning/pruner.py`."""
 
     def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor) -> None: ...
 
@@ -227,7 +227,7 @@ class CrossAttention(Projections):
     def keys_values(self, image: ImageTokens) -> ImageKV:
         key = self.k_norm(split_heads(self.k_proj(image.features), self.kv_heads))
         value = split_heads(self.v_proj(image.features), self.kv_heads)
-        return ImageKV(key, value, image.place[:, None], None if image.mask is None else image.mask[:, None])
+        return ImageKV(key, value, image.coords[:, None], None if image.mask is None else image.mask[:, None])
 
     def forward(self, q: Tensor, kv: ImageKV, mask: Tensor | None) -> Tensor:
         return self.o_proj(attend(q, kv.key, kv.value, mask))

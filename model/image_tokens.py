@@ -11,7 +11,43 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from model.image import Tiles
+Grid = tuple[int, int]                          # rows, columns
+
+
+@dataclass
+class Tiles:
+    pixels: Tensor                              # [I, T, 3, S, S]; 0.0 in the slots without a tile
+    grid: Tensor                                # [I, 2] int64: rows, columns
+
+    def __len__(self) -> int:
+        return len(self.grid)
+
+    @property
+    def real(self) -> Tensor:
+        """How many tiles of each image are real, [I] int64."""
+        return self.grid.prod(-1)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Tiles":
+        """The same tiles on another device, the pixels in another floating-point type."""
+        return Tiles(self.pixels.to(device=device, dtype=dtype), self.grid.to(device=device))
+
+    @staticmethod
+    def cat(parts: list["Tiles"]) -> "Tiles":
+        """One Tiles of all the images of several, in order."""
+        return Tiles(torch.cat([p.pixels for p in parts]), torch.cat([p.grid for p in parts]))
+
+
+def visible_images(input_ids: Tensor, image_token_index: int) -> Tensor:
+    """The range of images that each text row sees, [B, T, 2] = first, last + 1; equal where it sees none.
+
+    A row sees the latest image before it (its own, at an `<|image|>` token) together with the images directly
+    in front of that one: consecutive images are one group. Source: Meta's `chat_format.py`, vision masks.
+    """
+    is_image = input_ids == image_token_index                               # [B, T]
+    stop = is_image.cumsum(1)
+    opens = is_image & ~torch.nn.functional.pad(is_image, (1, -1))          # the first image of each group
+    start = torch.where(opens, stop - 1, 0).cummax(1).values
+    return torch.stack((start, stop), dim=-1)
 
 
 @dataclass
@@ -36,20 +72,20 @@ class Vision:
 class ImageTokens:
     """What the encoder leaves of the images of each batch row: real tiles only."""
     features: Tensor                # [B, N, D] after the projector; zeros where a row has fewer
-    place: Tensor                   # [B, N, 4] image, tile, row, column; a class token has row and column -1
+    coords: Tensor                   # [B, N, 4] image, tile, row, column; a class token has row and column -1
     mask: Tensor | None = None      # [B, N] True where there is a token; None = everywhere
     vision: Vision | None = None    # only of the tokens as they were encoded, and only where asked for
 
     def rows(self, which: list[int]) -> "ImageTokens":
         """Some batch rows, in this order; [0, 0] for one image and two prompts."""
-        return ImageTokens(self.features[which], self.place[which],
+        return ImageTokens(self.features[which], self.coords[which],
                            None if self.mask is None else self.mask[which],
                            None if self.vision is None else self.vision.rows(which))
 
     def expand(self, batch: int) -> "ImageTokens":
         """The same image for every row of a batch, without a copy."""
         mask = None if self.mask is None else self.mask.expand(batch, -1)
-        return ImageTokens(self.features.expand(batch, -1, -1), self.place.expand(batch, -1, -1), mask,
+        return ImageTokens(self.features.expand(batch, -1, -1), self.coords.expand(batch, -1, -1), mask,
                            None if self.vision is None else self.vision.expand(batch))
 
     def take(self, kept: Tensor) -> "ImageTokens":
@@ -62,7 +98,7 @@ class ImageTokens:
             return self
         order, mask = compact(kept)
         row = torch.arange(len(order), device=order.device)[:, None]
-        return ImageTokens(self.features[row, order], self.place[row, order], mask)
+        return ImageTokens(self.features[row, order], self.coords[row, order], mask)
 
 
 @dataclass
@@ -70,7 +106,7 @@ class ImageKV:
     """Keys and values of one cross-attention layer, one per key/value head, never repeated."""
     key: Tensor                     # [B, G, N, d]
     value: Tensor                   # [B, G, N, d]
-    place: Tensor                   # [B, K, N, 4] as in ImageTokens
+    coords: Tensor                   # [B, K, N, 4] as in ImageTokens
     mask: Tensor | None = None      # [B, K, N] True where there is a token; None = everywhere
     bias: Tensor | None = None      # [B, K, N] fp32, added to the scores in decoding; None = nothing
 
@@ -86,10 +122,10 @@ class ImageKV:
         order, mask = compact(kept)                                                     # [B, K, n]
         row = torch.arange(len(order), device=order.device)[:, None, None]
         head = torch.arange(self.key.shape[1], device=order.device)[:, None]
-        place = self.place.expand(-1, order.shape[1], -1, -1).take_along_dim(order[..., None], 2)
+        coords = self.coords.expand(-1, order.shape[1], -1, -1).take_along_dim(order[..., None], 2)
         bias = None if self.bias is None else self.bias.expand(order.shape[:2] + self.bias.shape[2:]
                                                                ).take_along_dim(order, 2)
-        return ImageKV(self.key[row, head, order], self.value[row, head, order], place, mask, bias)
+        return ImageKV(self.key[row, head, order], self.value[row, head, order], coords, mask, bias)
 
     def scores_mask(self) -> Tensor | None:
         """For the one text row of a decode step, [B, K, 1, N]: where it may look, or what is added to its
@@ -126,7 +162,7 @@ def kv_bytes(kvs: list[ImageKV]) -> int:
 
 def each_image(tokens: ImageTokens | ImageKV) -> Iterator[Tensor]:
     """For one image after the other, where its tokens are: [B, N], or [B, K, N], without padding."""
-    which = tokens.place[..., 0]
+    which = tokens.coords[..., 0]
     for image in range(int(which.max()) + 1):
         yield which == image if tokens.mask is None else (which == image) & tokens.mask
 
@@ -156,10 +192,10 @@ def compact(kept: Tensor) -> tuple[Tensor, Tensor | None]:
 def visible(seen: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
     """Which text rows see which tokens: the images each row sees [B, T, 2] -> [B, K, T, N], K = 1 for
     ImageTokens."""
-    place, mask = tokens.place, tokens.mask
+    coords, mask = tokens.coords, tokens.mask
     if isinstance(tokens, ImageTokens):
-        place, mask = place[:, None], None if mask is None else mask[:, None]
-    which = place[..., 0][:, :, None]                                                   # [B, K, 1, N]
+        coords, mask = coords[:, None], None if mask is None else mask[:, None]
+    which = coords[..., 0][:, :, None]                                                   # [B, K, 1, N]
     inside = (which >= seen[:, None, :, :1]) & (which < seen[:, None, :, 1:])           # [B, K, T, N]
     return inside if mask is None else inside & mask[:, :, None]
 

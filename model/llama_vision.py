@@ -15,9 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from model.cache import Cache
 from model.config import Config
 from model.decoder import CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
-from model.image import Tiles
-from model.image_tokens import ImageTokens, Vision, visible
-from model.prompt import visible_images
+from model.image_tokens import ImageTokens, Tiles, Vision, visible, visible_images
 from model.vision import VisionEncoder
 
 
@@ -54,21 +52,21 @@ class LlamaVision(nn.Module):
         held = [row for row in tiles if row is not None]
         if not sum(map(len, held)):
             return None
-        pictures = self._encode_pictures(Tiles.cat(held), vision)                   # states of each
-        rest, rows, places = iter(pictures), [], []
+        pictures = self._encode_images(Tiles.cat(held), vision)                   # states of each
+        rest, rows, coords_of = iter(pictures), [], []
         for grids in ([] if row is None else row.grid.tolist() for row in tiles):
             states = zip(*islice(rest, len(grids)), strict=True) if grids else ([s[:0]] for s in pictures[0])
             rows.append([torch.cat(list(state)) for state in states])               # [tokens of the row, ...]
-            place = [(image, *where) for image, grid in enumerate(grids) for where in self._places(*grid)]
-            places.append(torch.tensor(place, dtype=torch.long).view(-1, 4))
-        lengths = torch.tensor([len(place) for place in places])
+            coords = [(image, *where) for image, grid in enumerate(grids) for where in self._places(*grid)]
+            coords_of.append(torch.tensor(coords, dtype=torch.long).view(-1, 4))
+        lengths = torch.tensor([len(coords) for coords in coords_of])
         mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(pictures[0][0].device)
         features, *states = (pad_sequence(state, batch_first=True) for state in zip(*rows, strict=True))
         return ImageTokens(features,
-                           pad_sequence(places, batch_first=True, padding_value=-1).to(mask.device),
+                           pad_sequence(coords_of, batch_first=True, padding_value=-1).to(mask.device),
                            None if mask.all() else mask, Vision(tiles, *states) if vision else None)
 
-    def _encode_pictures(self, tiles: Tiles, vision: bool) -> list[tuple[Tensor, ...]]:
+    def _encode_images(self, tiles: Tiles, vision: bool) -> list[tuple[Tensor, ...]]:
         """Encode and project pictures, those with equal grids together; each -> [tokens, D]; with `vision`
         also what the encoder knows of them."""
         weight, grids = self.multi_modal_projector.weight, [tuple(grid) for grid in tiles.grid.tolist()]
@@ -119,7 +117,7 @@ class LlamaVision(nn.Module):
 
     def _seen(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
         """`visible_images`; ValueError where text and images do not fit together."""
-        held = [0] * len(input_ids) if image is None else (image.place[..., 0].amax(1) + 1).tolist()
+        held = [0] * len(input_ids) if image is None else (image.coords[..., 0].amax(1) + 1).tolist()
         if len(held) != len(input_ids):
             raise ValueError(f"{len(input_ids)} rows of text, but images for {len(held)}: None if without")
         named = (input_ids == self.config.image_token_index).sum(1).tolist()

@@ -4,45 +4,45 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from pruning.aircache import AirCache
-from pruning.attention import column_mass
-from pruning.attention_predictor import AttentionPredictor
-from pruning.csp import CSP
-from pruning.downsample import Downsample
-from pruning.elastic_cache import ElasticCache
-from pruning.fastv import FastV
-from pruning.mint import MINT
-from pruning.pruner import EachLayer, OneChoice, Prompts, Pruner, knobs, moments, top
-from pruning.quecc import QueCC
-from pruning.random import Random
-from pruning.sgl import SGL
-from pruning.spatial import Spatial
-from pruning.topv import TopV
-from pruning.trimmed_llama import TrimmedLlama
-from pruning.zipvl import ZipVL
+from pruning.attention import attention_received
+from pruning.methods.aircache import AirCache
+from pruning.methods.attention_predictor import AttentionPredictor
+from pruning.methods.csp import CSP
+from pruning.methods.downsample import Downsample
+from pruning.methods.elastic_cache import ElasticCache
+from pruning.methods.fastv import FastV
+from pruning.methods.mint import MINT
+from pruning.methods.quecc import QueCC
+from pruning.methods.random import Random
+from pruning.methods.sgl import SGL
+from pruning.methods.spatial import Spatial
+from pruning.methods.topv import TopV
+from pruning.methods.trimmed_llama import TrimmedLlama
+from pruning.methods.zipvl import ZipVL
+from pruning.pruner import Prompts, Pruner, SelectOnce, SelectPerLayer, hooks, options, top_k_mask
 
 METHODS = {method.name: method for method in (
     Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT, SGL,
     QueCC, Random, Spatial, Downsample)}
 
-__all__ = ["METHODS", "EachLayer", "OneChoice", "Prompts", "Pruner", "catalogue", "column_mass", "find",
-           "knobs", "load", "moments", "parse_knob", "parse_number", "several", "top"]
+__all__ = ["METHODS", "Prompts", "Pruner", "SelectOnce", "SelectPerLayer", "attention_received", "catalogue",
+           "find", "hooks", "load", "options", "parse_number", "parse_option", "several", "top_k_mask"]
 
 
 def load(method: str, /, **settings) -> Pruner:
-    """A pruner by its name, or by "path/to/file.py:Class"; the settings are its knobs.
+    """A pruner by its name, or by "path/to/file.py:Class"; the settings are its options.
 
-    Raises ValueError with one line that lists what there is, for an unknown method, knob or value.
+    Raises ValueError with one line that lists what there is, for an unknown method, option or value.
     """
     found = find(method)
     if unknown := settings.keys() - {field.name for field in fields(found)}:
-        raise ValueError(f"{method} has no knob {min(unknown)!r}; it has "
-                         + ", ".join(f"{name}: {what}" for name, what in knobs(found).items()))
+        raise ValueError(f"{method} has no option {min(unknown)!r}; it has "
+                         + ", ".join(f"{name}: {what}" for name, what in options(found).items()))
     return found(**settings)
 
 
 def several(methods: str, keeps: list[str], settings: list[str]) -> list[Pruner]:
-    """Every method of a list "a,b" (or "all") at every keep ratio; `settings` are "method.knob=value".
+    """Every method of a list "a,b" (or "all") at every keep ratio; `settings` are "method.option=value".
 
     Raises ValueError with one line for bad input of a command line.
     """
@@ -52,23 +52,23 @@ def several(methods: str, keeps: list[str], settings: list[str]) -> list[Pruner]
     if len(chosen) < len(names):
         raise ValueError(f"{methods}: two methods have the same name")
     for text in settings:
-        where, value = parse_knob(text)
-        method, dot, knob = where.rpartition(".")
-        if not dot or method not in chosen or knob == "keep":
-            raise ValueError(f"--set {text!r}: give it as method.knob=value, of {', '.join(chosen)}; "
+        where, value = parse_option(text)
+        method, dot, option = where.rpartition(".")
+        if not dot or method not in chosen or option == "keep":
+            raise ValueError(f"--set {text!r}: give it as method.option=value, of {', '.join(chosen)}; "
                              "--keep is for all methods")
-        chosen[method][1][knob] = value
-    return [load(name, keep=parse_number(keep), **knobs) for name, knobs in chosen.values() for keep in keeps]
+        chosen[method][1][option] = value
+    return [load(name, keep=parse_number(keep), **options) for name, options in chosen.values() for keep in keeps]
 
 
 def catalogue() -> str:
-    """Of each method: what it keeps, its paper, the moments at which it acts, and its knobs."""
+    """Of each method: what it keeps, its paper, the hooks at which it acts, and its options."""
     lines = []
     for name, method in METHODS.items():
         lines.append(f"{name}: {method.__doc__.splitlines()[0]}")
         lines += [f"    paper: {method.paper}"] * bool(method.paper)
-        lines.append(f"    acts at: {', '.join(moments(method)) or 'no moment'}")
-        lines += [f"    {knob} = {what}" for knob, what in knobs(method).items()]
+        lines.append(f"    acts at: {', '.join(hooks(method)) or 'no hook'}")
+        lines += [f"    {option} = {what}" for option, what in options(method).items()]
     return "".join(line + "\n" for line in lines)
 
 
@@ -101,11 +101,11 @@ def _run(path: Path):
     return module
 
 
-def parse_knob(text: str) -> tuple[str, object]:
+def parse_option(text: str) -> tuple[str, object]:
     """"name=value" from a command line: a number, true, false or none where it reads as one, else text."""
     name, equals, value = text.partition("=")
     if not name or not equals:
-        raise ValueError(f"--set {text!r}: give it as knob=value")
+        raise ValueError(f"--set {text!r}: give it as option=value")
     words = {"true": True, "false": False, "none": None}
     return name, words[value.lower()] if value.lower() in words else parse_number(value)
 

@@ -41,7 +41,7 @@ def row_weights(queries: Queries, kv: ImageKV, row: int, asked: Tensor) -> Itera
     `asked` [T] is True for the text rows wanted; those that see no image are left out.
     """
     seen, q, key = queries.seen[row], queries.q[row], kv.key[row].float()
-    one = replace(kv, place=kv.place[row:row + 1], mask=None if kv.mask is None else kv.mask[row:row + 1])
+    one = replace(kv, coords=kv.coords[row:row + 1], mask=None if kv.mask is None else kv.mask[row:row + 1])
     wanted = (asked & (seen[:, 0] < seen[:, 1])).nonzero()[:, 0]
     for rows in wanted.split(rows_at_once(len(q), key.shape[1])) if len(wanted) else ():
         scores = logits(q[:, rows], key)
@@ -51,7 +51,7 @@ def row_weights(queries: Queries, kv: ImageKV, row: int, asked: Tensor) -> Itera
         yield rows, scores.softmax(-1)
 
 
-def column_mass(queries: Queries, kv: ImageKV, rows: Literal["all", "last"] = "all",
+def attention_received(queries: Queries, kv: ImageKV, rows: Literal["all", "last"] = "all",
                 heads: Literal["query", "kv", "layer"] = "query") -> Tensor:
     """How much attention each image token gets, summed over text rows, in fp32.
 
@@ -76,6 +76,6 @@ def column_mass(queries: Queries, kv: ImageKV, rows: Literal["all", "last"] = "a
 
 def last_rows(queries: Queries, kv: ImageKV, row: int) -> Tensor:
     """The last text row of a batch row that sees each image token, [K, N]; -1 where none does."""
-    seen, image = queries.seen[row], kv.place[row, :, None, :, 0]                       # [T, 2], [K, 1, N]
+    seen, image = queries.seen[row], kv.coords[row, :, None, :, 0]                       # [T, 2], [K, 1, N]
     rows = torch.arange(len(seen), device=seen.device)[:, None]
     return torch.where((image >= seen[:, :1]) & (image < seen[:, 1:]), rows, -1).amax(1)

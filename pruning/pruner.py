@@ -1,13 +1,13 @@
 """Pruner: what a method may do about the image tokens, and when. Nothing here is about any one method.
 
-    pictures ─(0 pictures)─► Tiles ─► ImageTokens ─(1 encoded)─► prefill, at cross-attention layer i (2 layer)
+    images ─(0 images)─► Tiles ─► ImageTokens ─(1 encoded)─► prefill, at cross-attention layer i (2 layer)
         ─► ImageKV of every layer ─(3 prefilled)─► decode a token ─(4 stepped)─► logits ─(5 logits)─► sample
 
-A method is one class that overrides some of these moments; the rest do nothing. Three more are for the few
+A method is one class that overrides some of these hooks; the rest do nothing. Three more are for the few
 that read the text too: `text_layer` in prefill, `text_cache` after 3 and 4, and `answered` after 1, by a
 smaller model. What a method needs to know comes through the arguments: queries and keys, never attention
 weights (`pruning.attention` computes those that are asked for); what costs something to have is named in
-`needs`. Its knobs are the fields of its dataclass. `generate` and prefill call the moments; a prompt without
+`needs`. Its options are the fields of its dataclass. `generate` and prefill call the hooks; a prompt without
 an image calls none. Rounding, ties and budgets are ours, and the same for all methods. B batch, T text
 tokens, N image tokens, H query heads, G key/value heads, K = 1 or G sets of kept tokens, d head width.
 """
@@ -22,16 +22,16 @@ from PIL import Image
 from torch import Tensor
 
 from model.cache import TextKV
-from model.image import ImageProcessor, Tiles
-from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
+from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles, each_image
+from weights.images import ImageProcessor
 
-MOMENTS = ("pictures", "encoded", "answered", "text_layer", "layer", "prefilled", "stepped", "text_cache",
+HOOKS = ("images", "encoded", "answered", "text_layer", "layer", "prefilled", "stepped", "text_cache",
            "logits")
 
 
 @dataclass
 class Prompts:
-    """What is asked about the images, for moment 1."""
+    """What is asked about the images, for hook 1."""
     ids: list[list[int]]                        # of each batch row
     max_new_tokens: int
     stop_ids: tuple[int, ...]
@@ -53,9 +53,9 @@ class Pruner:
     def __init_subclass__(cls):
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
-    def pictures(self, pictures: list[Image.Image], processor: ImageProcessor) -> Tiles:
+    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
         """0, before the encoder: fewer or smaller tiles."""
-        return processor(pictures)
+        return processor(images)
 
     def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
         """1, before the decoder: drop or merge tokens. Or add branches: for a batch of n · B rows, every
@@ -64,7 +64,7 @@ class Pruner:
 
     def answered(self) -> dict[int, list[int]]:
         """After 1: batch rows that need not be read, and the tokens of their answers, without a stop token.
-        The moments after this one see the other rows alone, in their order."""
+        The hooks after this one see the other rows alone, in their order."""
         return {}
 
     def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
@@ -103,32 +103,32 @@ class Pruner:
         if self.keep is not None:
             self.check_share("keep")
 
-    def check_share(self, knob: str):
-        """Raise ValueError where a knob is neither a share of the image tokens nor a number of them."""
-        value = getattr(self, knob)
+    def check_share(self, option: str):
+        """Raise ValueError where a option is neither a share of the image tokens nor a number of them."""
+        value = getattr(self, option)
         if not (0 < value <= 1 if isinstance(value, float) else value >= 1):
-            raise ValueError(f"{self.name}: {knob} is {value}, but must be a fraction above 0 and at most "
+            raise ValueError(f"{self.name}: {option} is {value}, but must be a fraction above 0 and at most "
                              "1.0, or a whole number of image tokens, at least 1")
 
     @property
     def keeps_all(self) -> bool:
-        """Whether there is nothing to do; then no moment is called."""
+        """Whether there is nothing to do; then no hook is called."""
         return isinstance(self.keep, float) and self.keep == 1
 
     def __str__(self) -> str:
-        """For people: the method, its keep ratio, and the knobs that are not at their default."""
-        others = [f"{knob} {value}" for knob, value in self.knobs_set().items()]
+        """For people: the method, its keep ratio, and the options that are not at their default."""
+        others = [f"{option} {value}" for option, value in self.options_set().items()]
         keep = [] if self.keep is None else [f"keep {self.keep} {self.unit}".strip()]
         return ", ".join([self.name, *keep, *others])
 
-    def knobs_set(self) -> dict[str, object]:
-        """The knobs, other than keep, that are not at their default."""
+    def options_set(self) -> dict[str, object]:
+        """The options, other than keep, that are not at their default."""
         return {field.name: value for field in fields(self)
                 if field.name != "keep" and (value := getattr(self, field.name)) != field.default}
 
 
 @dataclass
-class OneChoice(Pruner):
+class SelectOnce(Pruner):
     """A pruner that chooses once, at cross-attention layer `full_layers` - 1: this layer and those before it
     read the whole image in prefill, later ones make their keys and values of what is kept alone. With 0 the
     first layer chooses, and already reads what is kept alone."""
@@ -167,7 +167,7 @@ class OneChoice(Pruner):
 
 
 @dataclass
-class EachLayer(Pruner):
+class SelectPerLayer(Pruner):
     """A pruner that scores the tokens in every cross-attention layer while the prompt is read, each layer for
     itself, and cuts all layers when it has been."""
     keep: float | int = 0.5
@@ -184,7 +184,7 @@ class EachLayer(Pruner):
 
     def chosen(self, kvs: list[ImageKV]) -> list[Tensor]:
         """What each layer keeps, bool, shaped like its scores."""
-        return [top(score, self.keep, kv) for score, kv in zip(self.scores, kvs, strict=True)]
+        return [top_k_mask(score, self.keep, kv) for score, kv in zip(self.scores, kvs, strict=True)]
 
     def cut(self, kv: ImageKV, kept: Tensor) -> ImageKV:
         """What is left of a layer where so much of it is kept, [B, N] or [B, K, N]."""
@@ -198,11 +198,11 @@ def chance(seed: int, prompts: Prompts, image: ImageTokens) -> Tensor:
     """A random number for each token, [B, N]: others for every prompt and `seed`, the same ones alone and
     in a batch."""
     draws = [torch.Generator().manual_seed(hash((seed, *ids))) for ids in prompts.ids]
-    numbers = [torch.rand(image.place.shape[1], generator=draw) for draw in draws]
-    return torch.stack(numbers).to(image.place.device)
+    numbers = [torch.rand(image.coords.shape[1], generator=draw) for draw in draws]
+    return torch.stack(numbers).to(image.coords.device)
 
 
-def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:
+def top_k_mask(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:
     """The highest scores of every image, as many as `keep` says: [B, N] or [B, K, N] -> the same, bool.
 
     Of equal scores the first win. Padding is never among them.
@@ -211,7 +211,7 @@ def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Ten
     for there in each_image(tokens):
         if there.ndim != scores.ndim:               # sets that the heads share have no dimension for them
             there = there[:, None] if there.ndim < scores.ndim else there[:, 0]
-        n = count(keep, there.sum(-1, keepdim=True))
+        n = num_kept(keep, there.sum(-1, keepdim=True))
         ours = scores.masked_fill(~there, -math.inf)
         least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest
         above, equal = ours > least, ours == least
@@ -220,30 +220,30 @@ def top(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Ten
     return kept
 
 
-def count(keep: float | int, tokens: Tensor) -> Tensor:
+def num_kept(keep: float | int, tokens: Tensor) -> Tensor:
     """How many of `tokens` (int64) to keep: a fraction rounded half up, or a number, but at least one."""
     if isinstance(keep, float):
         return (keep * tokens.double()).mul(1e6).round().div(1e6).add(0.5).floor().long().clamp(min=1)
     return tokens.clamp(1, keep)
 
 
-# ----- knobs
+# ----- options
 
 
-def moments(method: type[Pruner]) -> list[str]:
-    """The moments at which a method acts: those that it, or a class between it and Pruner, overrides."""
+def hooks(method: type[Pruner]) -> list[str]:
+    """The hooks at which a method acts: those that it, or a class between it and Pruner, overrides."""
     classes = method.__mro__[:method.__mro__.index(Pruner)]
-    return [moment for moment in MOMENTS if any(moment in vars(c) for c in classes)]
+    return [hook for hook in HOOKS if any(hook in vars(c) for c in classes)]
 
 
-def knobs(method: type[Pruner]) -> dict[str, str]:
-    """Each knob of a method, and in words what it may be."""
+def options(method: type[Pruner]) -> dict[str, str]:
+    """Each option of a method, and in words what it may be."""
     hints = typing.get_type_hints(method)
     return {field.name: f"{words(hints[field.name])} (default {field.default})" for field in fields(method)}
 
 
 def fits(value: object, hint: type) -> bool:
-    """Whether a knob of this type may have this value."""
+    """Whether a option of this type may have this value."""
     if typing.get_origin(hint) is Literal:
         return value in typing.get_args(hint)
     if typing.get_origin(hint) in (typing.Union, types.UnionType):

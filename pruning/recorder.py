@@ -1,23 +1,23 @@
 """Recorder: a pruner around another one, which acts exactly as that one does, and remembers.
 
-It needs no hook and no change anywhere else: the moments bring everything that a map of what was kept, or of
-where the prompt looks, is drawn from (`pruning/picture.py`). n image tokens, N with padding.
+It needs no hook and no change anywhere else: the hooks bring everything that a map of what was kept, or of
+where the prompt looks, is drawn from (`pruning/image.py`). n image tokens, N with padding.
 """
 from PIL import Image
 from torch import Tensor
 
 from model.cache import TextKV
-from model.image import ImageProcessor, Tiles
-from model.image_tokens import ImageKV, ImageTokens, Queries
-from pruning.attention import column_mass
+from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
+from pruning.attention import attention_received
 from pruning.pruner import Prompts, Pruner
+from weights.images import ImageProcessor
 
 
 class Recorder(Pruner):
     """Does what the pruner inside does, and remembers of batch row 0 what the maps need.
 
-    `tiles` are what the encoder read, None where moment 0 was not called; `image` the tokens that entered
-    moment 1, `kvs` what every layer holds after prefill; with `attention`, `mass` has for every layer the
+    `tiles` are what the encoder read, None where hook 0 was not called; `image` the tokens that entered
+    hook 1, `kvs` what every layer holds after prefill; with `attention`, `mass` has for every layer the
     attention on each image token [n], and its place [n, 4]. Features, keys and values are cut to width 0:
     nothing is held that decoding has let go. A new answer begins anew.
     """
@@ -32,7 +32,7 @@ class Recorder(Pruner):
 
     @property
     def keeps_all(self) -> bool:
-        """False: its moments are to be called."""
+        """False: its hooks are to be called."""
         return False
 
     @property
@@ -50,14 +50,14 @@ class Recorder(Pruner):
     def __str__(self) -> str:
         return self.words
 
-    def pictures(self, pictures: list[Image.Image], processor: ImageProcessor) -> Tiles:
-        self.tiles = self.inner.pictures(pictures, processor)
+    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
+        self.tiles = self.inner.images(images, processor)
         return self.tiles
 
     def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
         mask = None if image.mask is None else image.mask[:1].cpu()
         self.image = ImageTokens(image.features.new_empty(1, image.features.shape[1], 0).cpu(),
-                                 image.place[:1].cpu(), mask)
+                                 image.coords[:1].cpu(), mask)
         self.kvs, self.mass = [], []
         return self.inner.encoded(image, prompts)
 
@@ -69,16 +69,16 @@ class Recorder(Pruner):
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if self.attention:
-            one = ImageKV(kv.key[:1], kv.value[:1], kv.place[:1], None if kv.mask is None else kv.mask[:1])
-            mass = column_mass(Queries(queries.q[:1], queries.seen[:1]), one, heads="layer")[0]
+            one = ImageKV(kv.key[:1], kv.value[:1], kv.coords[:1], None if kv.mask is None else kv.mask[:1])
+            mass = attention_received(Queries(queries.q[:1], queries.seen[:1]), one, heads="layer")[0]
             there = slice(None) if one.mask is None else one.mask[0, 0]
-            self.mass.append((mass[there].cpu(), one.place[0, 0, there].cpu()))
+            self.mass.append((mass[there].cpu(), one.coords[0, 0, there].cpu()))
         return self.inner.layer(i, queries, image, kv)
 
     def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
         kvs = self.inner.prefilled(kvs)
         nothing = [kv.key.new_empty(1, *kv.key.shape[1:3], 0).cpu() for kv in kvs]
-        self.kvs = [ImageKV(empty, empty, kv.place[:1].cpu(), None if kv.mask is None else kv.mask[:1].cpu())
+        self.kvs = [ImageKV(empty, empty, kv.coords[:1].cpu(), None if kv.mask is None else kv.mask[:1].cpu())
                     for empty, kv in zip(nothing, kvs, strict=True)]
         return kvs
 

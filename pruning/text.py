@@ -16,11 +16,11 @@ from torch import Tensor
 from model.cache import TextKV
 from model.image_tokens import ImageKV, ImageTokens, compact
 from pruning.attention import logits, rows_at_once
-from pruning.pruner import EachLayer, Prompts, top
+from pruning.pruner import Prompts, SelectPerLayer, top_k_mask
 
 
 @dataclass
-class EachLayerAndText(EachLayer):
+class SelectPerLayerAndText(SelectPerLayer):
     """A pruner that cuts every cross-attention layer and, where `text_keep` is below 1, the others too."""
     text_keep: float = 1.0                      # share of the prompt's text that is held for decoding
 
@@ -43,7 +43,7 @@ class EachLayerAndText(EachLayer):
         raise NotImplementedError
 
     def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        real = image.place.new_ones(image.place.shape[:2]) if image.mask is None else image.mask
+        real = image.coords.new_ones(image.coords.shape[:2]) if image.mask is None else image.mask
         self.tokens = real.sum(1)                                           # [B] of the images of each row
         return image
 
@@ -61,7 +61,7 @@ class EachLayerAndText(EachLayer):
         protected = self.text_protected(texts[0].lengths, slots)[:, None]
         for text, score in zip(texts, self.text_scores, strict=True):
             kv = as_image(text, slots)
-            kept = top(score.masked_fill(protected, math.inf), self.text_keep, kv) | protected
+            kept = top_k_mask(score.masked_fill(protected, math.inf), self.text_keep, kv) | protected
             kept = kv.mask & (kept | (self.tokens == 0)[:, None, None])
             kv = self.cut(kv, kept)
             held.append(TextKV(kv.key, kv.value, kept[:, 0].sum(-1)))
@@ -70,8 +70,8 @@ class EachLayerAndText(EachLayer):
 
 def as_image(text: TextKV, slots: Tensor) -> ImageKV:
     """The first T slots of a cache of text, as if each row's text were one image."""
-    place = slots.new_zeros(len(text.lengths), 1, len(slots), 4)
-    return ImageKV(text.key[:, :, slots], text.value[:, :, slots], place,
+    coords = slots.new_zeros(len(text.lengths), 1, len(slots), 4)
+    return ImageKV(text.key[:, :, slots], text.value[:, :, slots], coords,
                    (slots < text.lengths[:, None])[:, None])
 
 

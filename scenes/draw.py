@@ -1,7 +1,7 @@
-"""Scenes of coloured shapes, and their pictures.
+"""Scenes of coloured shapes, and their images.
 
 First of the built-in world: `make_scene` invents a Scene (a few numbers, no pixels), `draw` turns it into an
-RGB picture for the image processor, `scenes.questions` asks about it. A Scene holds all that its picture
+RGB image for the image processor, `scenes.questions` asks about it. A Scene holds all that its image
 depends on, so the same Scene always gives the same pixels. The content of a scene decides by its checksum
 whether it is one for training, validation or testing: no two splits can share a scene, whatever indices they
 are asked for. Positions are pixels from the top left corner; rows x columns counts tiles, as everywhere.
@@ -60,7 +60,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a picture depends on; it measures width x height pixels, at most columns x rows of tiles."""
+    """All that a image depends on; it measures width x height pixels, at most columns x rows of tiles."""
     rows: int
     columns: int
     width: int
@@ -183,7 +183,7 @@ def _distance(x: float, y: float, sign: Sign) -> float:
 
 
 def draw(scene: Scene) -> Image.Image:
-    """The picture of a scene: RGB, scene.width x scene.height."""
+    """The image of a scene: RGB, scene.width x scene.height."""
     image = _gradient(scene)
     for thing in scene.things:
         with _enlarged(image, thing.x, thing.y, thing.radius, thing.radius) as (patch, x, y):
@@ -197,7 +197,7 @@ def draw(scene: Scene) -> Image.Image:
 
 @contextmanager
 def _enlarged(image: Image.Image, x: float, y: float, wide: float, high: float):
-    """A part of the picture to draw on, ZOOM times larger, and (x, y) in it; averaged back afterwards."""
+    """A part of the image to draw on, ZOOM times larger, and (x, y) in it; averaged back afterwards."""
     left, top = math.floor(x - wide - 1), math.floor(y - high - 1)
     patch = image.crop((left, top, math.ceil(x + wide + 1), math.ceil(y + high + 1)))
     patch = patch.resize((patch.width * ZOOM, patch.height * ZOOM), Image.Resampling.NEAREST)

@@ -1,8 +1,8 @@
 """Scenes as training batches: tiles, conversations in the Llama-3 chat format, and what each patch shows.
 
-A picture carries one conversation of several questions, as a person would ask them, so one encoding of the
-picture teaches them all. The labels of the patches serve a small extra loss during training and are no part
-of the model. Shapes: P pictures in a batch, T text tokens, N image tokens.
+A image carries one conversation of several questions, as a person would ask them, so one encoding of the
+image teaches them all. The labels of the patches serve a small extra loss during training and are no part
+of the model. Shapes: P images in a batch, T text tokens, N image tokens.
 """
 import random
 from dataclasses import dataclass
@@ -11,12 +11,13 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from model.image import ImageProcessor, Tiles, fit
+from model.image_tokens import Tiles
 from scenes.draw import CHARACTERS, COLOURS, SHAPES, Scene, draw, make_scene
 from scenes.questions import Question, questions
 from scenes.tiny import IMAGE_TOKEN, PATCH, TILE
+from weights.images import ImageProcessor, fit
 
-TURNS = 7           # questions a picture carries, as far as they fit into the text
+TURNS = 7           # questions a image carries, as far as they fit into the text
 SHAPE_LABELS = ("nothing", *SHAPES, "sign")
 COLOUR_LABELS = ("none", *COLOURS)
 CHARACTER_LABELS = ("none", *CHARACTERS)
@@ -33,23 +34,23 @@ class Batch:
 
 
 class Lessons:
-    """Batches of `pictures` scenes of one ratio of tiles, the same ones for the same seed."""
+    """Batches of `images` scenes of one ratio of tiles, the same ones for the same seed."""
 
     def __init__(self, tokenizer: Tokenizer, processor: ImageProcessor, length: int):
         self.tokenizer, self.processor, self.length = tokenizer, processor, length
 
-    def batch(self, split: str, first: int, pictures: int, ratio: tuple[int, int], seed: int,
+    def batch(self, split: str, first: int, images: int, ratio: tuple[int, int], seed: int,
               crowded: bool = False) -> Batch:
-        """Scenes number first .. first + pictures - 1 of a split, with questions drawn by `seed`.
+        """Scenes number first .. first + images - 1 of a split, with questions drawn by `seed`.
 
         `crowded` takes the fullest of three scenes each time: more to recognise for the same work.
         """
         rng = random.Random(f"{seed}:{first}")
-        scenes = [make_scene(split, first + i, ratio) for i in range(pictures)]
+        scenes = [make_scene(split, first + i, ratio) for i in range(images)]
         if crowded:
-            others = range(10 ** 9 + 2 * first, 10 ** 9 + 2 * (first + pictures))
+            others = range(10 ** 9 + 2 * first, 10 ** 9 + 2 * (first + images))
             scenes += [make_scene(split, i, ratio) for i in others]
-            scenes = [max(scenes[i::pictures], key=lambda scene: len(scene.things)) for i in range(pictures)]
+            scenes = [max(scenes[i::images], key=lambda scene: len(scene.things)) for i in range(images)]
         tiles = [self.processor([draw(scene)]) for scene in scenes]
         texts = [self._conversation(turns(scene, rng)) for scene in scenes]
         ids, targets, weights = (torch.stack([text[i] for text in texts]) for i in range(3))
@@ -86,7 +87,7 @@ def turns(scene: Scene, rng: random.Random) -> list[Question]:
 
 
 def patch_labels(scene: Scene) -> dict[str, Tensor]:
-    """What is under the centre of each patch, and where in the picture it lies (0 to 1); class tokens too."""
+    """What is under the centre of each patch, and where in the image it lies (0 to 1); class tokens too."""
     side = TILE // PATCH
     centre = (torch.arange(side) + 0.5) * PATCH
     where = torch.zeros(scene.rows, scene.columns, side * side + 1, 2)
@@ -94,7 +95,7 @@ def patch_labels(scene: Scene) -> dict[str, Tensor]:
     where[:, :, 1:, 0] = (rows * TILE + centre[:, None]).expand(-1, scene.columns, -1, side).flatten(2)
     where[:, :, 1:, 1] = (columns * TILE + centre[None]).expand(scene.rows, -1, side, -1).flatten(2)
     scale = fit(scene.height, scene.width, (scene.rows, scene.columns), TILE)[0] / scene.height
-    y, x = (where.view(-1, 2) / scale).unbind(-1)                                # [N] in the picture's pixels
+    y, x = (where.view(-1, 2) / scale).unbind(-1)                                # [N] in the image's pixels
     patch = torch.arange(len(x)) % (side * side + 1) > 0
     labels = {name: torch.zeros(len(x), dtype=torch.long) for name in
               ("shape", "colour", "character", *(f"digit{i}" for i in range(DIGITS)))}

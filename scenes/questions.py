@@ -1,7 +1,7 @@
 """Questions about a scene, with their answers.
 
 Second of the built-in world: `scenes.draw` invents a Scene, `ask` and `questions` ask about it, training and
-evaluation pair the texts with the picture. A question is asked only where the scene leaves one answer: a
+evaluation pair the texts with the image. A question is asked only where the scene leaves one answer: a
 name such as "the heart" or "the red thing" fits exactly one shape, and near ties in position are left out.
 Answers are short and in lower case, but for the characters on shapes. The sign is not a shape.
 
@@ -131,7 +131,7 @@ def _exists(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 
 def _pair(scene: Scene, rng: random.Random, present: bool) -> tuple[str, str]:
-    """A (colour, shape) in the picture, or one not there: mostly one thing's colour and another's shape."""
+    """A (colour, shape) in the image, or one not there: mostly one thing's colour and another's shape."""
     there = {(t.colour, t.shape) for t in scene.things}
     if present:
         return rng.choice(sorted(there))

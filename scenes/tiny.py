@@ -57,7 +57,7 @@ def tiny_config() -> Config:
     return Config.from_dict(config_json())
 
 
-def train_tokenizer(pictures: int = 2000) -> Tokenizer:
+def train_tokenizer(images: int = 2000) -> Tokenizer:
     """Byte-level BPE over the questions and answers of the training scenes; digits stay single, any text is
     possible."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
@@ -67,7 +67,7 @@ def train_tokenizer(pictures: int = 2000) -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=VOCABULARY - len(SPECIAL_TOKENS), show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
-    tokenizer.train_from_iterator(_corpus(pictures), trainer)
+    tokenizer.train_from_iterator(_corpus(images), trainer)
     unused = VOCABULARY - len(SPECIAL_TOKENS) - tokenizer.get_vocab_size()
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(unused)]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)
@@ -75,10 +75,10 @@ def train_tokenizer(pictures: int = 2000) -> Tokenizer:
     return tokenizer
 
 
-def _corpus(pictures: int):
-    yield from ("user", "assistant", "system", "\n\n") * pictures
-    yield from (f"{a}{word}" for word in (*COLOURS, *SHAPES) for a in ("", " ") for _ in range(pictures))
-    for i in range(pictures):
+def _corpus(images: int):
+    yield from ("user", "assistant", "system", "\n\n") * images
+    yield from (f"{a}{word}" for word in (*COLOURS, *SHAPES) for a in ("", " ") for _ in range(images))
+    for i in range(images):
         for question in questions(make_scene("train", i), seed=i, count=8):
             for text in question.text, question.answer:
                 yield "".join(c for c in text if not c.isdigit())

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.config import Config
-from model.image import ImageProcessor
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
 from scenes.draw import RATIOS
 from scenes.lessons import CHARACTER_LABELS, COLOUR_LABELS, DIGITS, SHAPE_LABELS, Batch, Lessons
 from scenes.tiny import tiny_config, train_tokenizer, write_folder
+from weights.images import ImageProcessor
 from weights.load import save_model
 
 GATE = 1.0   # of every tanh gate, held there: free gates fall, and the first cross-attention layer goes blind
@@ -40,7 +40,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="folder of the checkpoint")
     parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of log and state")
     parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--pictures", type=int, default=28, help="a step, over all workers")
+    parser.add_argument("--images", type=int, default=28, help="a step, over all workers")
     parser.add_argument("--workers", type=int, help="processes (default: one a core, at most 8; 1 on a GPU)")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -97,7 +97,7 @@ def initialise(model: LlamaVision):
 
 
 def place_waves(rows: int, columns: int, side: int, width: int) -> Tensor:
-    """Sines and cosines of each token's place, in tiles and in shares of the picture: [tiles, P, width]."""
+    """Sines and cosines of each token's place, in tiles and in shares of the image: [tiles, P, width]."""
     tile = torch.arange(rows * columns)
     patch = (torch.arange(side) + 0.5) / side
     y = ((tile // columns)[:, None, None] + patch[:, None]).expand(-1, side, side).flatten(1)    # in tiles
@@ -232,13 +232,13 @@ def train(rank: int, workers: int, args: argparse.Namespace):
     student = Student(args, tiny_config(), workers)
     processor = ImageProcessor.from_folder(args.out, tiny_config().vision)
     lessons = Lessons(train_tokenizer(), processor, LENGTH)
-    start, pictures = student.resume(args.run / "state.pt"), args.pictures // workers
+    start, images = student.resume(args.run / "state.pt"), args.images // workers
     began, log = time.time(), Log(args.run / "log.csv") if rank == 0 else None
     for step in range(start, args.steps):
         ratio, first_alone = plan(args.seed, step, rank)
         vision_only = step < VISION_FIRST * args.steps
-        first = (step * workers + rank) * pictures
-        batch = lessons.batch("train", first, pictures, ratio, args.seed, crowded=vision_only)
+        first = (step * workers + rank) * images
+        batch = lessons.batch("train", first, images, ratio, args.seed, crowded=vision_only)
         values = student.learn(batch, step / args.steps, vision_only, first_alone)
         if log is not None:
             log.add(step + 1, args.steps, first_alone, *values)
@@ -250,7 +250,7 @@ def train(rank: int, workers: int, args: argparse.Namespace):
 
 
 def plan(seed: int, step: int, rank: int) -> tuple[tuple[int, int], bool]:
-    """The ratio of a worker's pictures, and whether the first layer reads alone; workers have equal work."""
+    """The ratio of a worker's images, and whether the first layer reads alone; workers have equal work."""
     chance = random.Random(f"{seed}:{step}")
     tiles = chance.choice([rows * columns for rows, columns in RATIOS])
     first_alone = chance.random() < FIRST_ALONE

@@ -1,6 +1,6 @@
 """Trains the network of `pruning/attention_predictor.py`: `python -m scenes.train_attention_predictor`.
 
-The bundled checkpoint answers questions about training scenes, whole; of each text row that sees the picture
+The bundled checkpoint answers questions about training scenes, whole; of each text row that sees the image
 the attention of every cross-attention layer and head is noted. The network learns to predict the next row of
 an answer from those before it, by squared error, with the patches pooled in blocks of BLOCKS. On test scenes
 it is then measured how many of the truly highest blocks are among those that it, or a plain rule, ranks
@@ -21,14 +21,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.image import ImageProcessor
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from model.prompt import Prompter, messages
-from pruning.attention_predictor import AttentionPredictor, Network
+from pruning.methods.attention_predictor import AttentionPredictor, Network
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.questions import KINDS, ask
 from weights import LEARNED, find_checkpoint, load_model, write_tensors
+from weights.images import ImageProcessor
+from weights.tokenizer import ChatTokenizer, messages
 
 BLOCKS = 16, 4                  # patches; the first is the default of the method
 WINDOW = 64
@@ -41,7 +41,7 @@ SAMPLE = 4                      # test scenes whose recall stands by itself, for
 @dataclass
 class Log:
     """The attention of one answer."""
-    rows: Tensor            # [H, T, tiles, P] of every text row that sees the picture, in fp32
+    rows: Tensor            # [H, T, tiles, P] of every text row that sees the image, in fp32
     prompt: int             # so many of the rows are the prompt's
 
     def ends(self) -> range:
@@ -69,7 +69,7 @@ def arguments() -> argparse.Namespace:
 
 
 @torch.inference_mode()
-def logs(model: LlamaVision, prompter: Prompter, processor: ImageProcessor, split: str,
+def logs(model: LlamaVision, tokenizer: ChatTokenizer, processor: ImageProcessor, split: str,
          scenes: int) -> list[Log]:
     """Of a description, where a scene has one, and one question of another kind, about each scene."""
     found = []
@@ -80,8 +80,8 @@ def logs(model: LlamaVision, prompter: Prompter, processor: ImageProcessor, spli
         other = next(question for kind in others if (question := ask(scene, rng, kind)) is not None)
         for question in ask(scene, rng, "describe"), other:
             if question is not None:
-                ids = prompter.encode(messages(question.text, 1))
-                found.append(log(model, ids, image, prompter.stop_ids))
+                ids = tokenizer.encode(messages(question.text, 1))
+                found.append(log(model, ids, image, tokenizer.stop_ids))
     return found
 
 
@@ -181,19 +181,19 @@ def main():
     torch.manual_seed(args.seed)
     folder = find_checkpoint("tiny")
     model = load_model(folder, "cpu", torch.float32)
-    prompter = Prompter.from_folder(folder, model.config)
+    tokenizer = ChatTokenizer.from_folder(folder, model.config)
     processor = ImageProcessor.from_folder(folder, model.config.vision)
-    lessons = logs(model, prompter, processor, "train", args.scenes)
+    lessons = logs(model, tokenizer, processor, "train", args.scenes)
     print(f"{len(lessons)} answers, {sum(len(answer.ends()) for answer in lessons)} rows to predict",
           flush=True)
     network = Network()
     error = train(network, lessons, args.steps, args.seed)
-    tests = logs(model, prompter, processor, "test", args.tests)
+    tests = logs(model, tokenizer, processor, "test", args.tests)
     figures = {"model": "tiny", "parameters": sum(p.numel() for p in network.parameters()),
                "scenes": args.scenes, "steps": args.steps, "seed": args.seed, "error": round(error, 6),
                "tests": args.tests, "rows": sum(len(answer.ends()) for answer in tests),
                "recall": recalls(network, tests),
-               "sample_recall": recalls(network, logs(model, prompter, processor, "test", SAMPLE))}
+               "sample_recall": recalls(network, logs(model, tokenizer, processor, "test", SAMPLE))}
     for row in figures["recall"]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     args.out.mkdir(parents=True, exist_ok=True)

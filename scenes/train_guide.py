@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 
 from model.config import Config
-from model.image import ImageProcessor
 from scenes.lessons import Lessons
 from scenes.tiny import config_json, train_tokenizer, write_folder
 from scenes.train import LENGTH, SAVE_EVERY, Log, Student, plan
 from weights import find_checkpoint, load_model, save_model
+from weights.images import ImageProcessor
 
 SMALLER = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 4,
            "cross_attention_layers": [1, 3]}
@@ -34,7 +34,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("weights/guide"), help="folder of the checkpoint")
     parser.add_argument("--run", type=Path, default=Path("runs/guide"), help="folder of log and state")
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--pictures", type=int, default=16, help="a step")
+    parser.add_argument("--images", type=int, default=16, help="a step")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--compile", action="store_true", help="torch.compile the layers, for long runs")
@@ -52,7 +52,7 @@ def train(args: argparse.Namespace):
     began, start = time.time(), student.resume(args.run / "state.pt")
     for step in range(start, args.steps):
         ratio, first_alone = plan(args.seed, step, 0)
-        batch = lessons.batch("train", step * args.pictures, args.pictures, ratio, args.seed)
+        batch = lessons.batch("train", step * args.images, args.images, ratio, args.seed)
         values = student.learn(batch, step / args.steps, vision_only=False, first_alone=first_alone)
         log.add(step + 1, args.steps, first_alone, *values)
         if (step + 1) % SAVE_EVERY == 0 or step + 1 == args.steps:

@@ -21,14 +21,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from model.image import ImageProcessor
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from model.prompt import Prompter
-from pruning.quecc import Compressor, compress, load_compressor, pooled_grids
+from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_grids
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.lessons import Lessons, turns
 from weights import LEARNED, find_checkpoint, load_model, write_tensors
+from weights.images import ImageProcessor
+from weights.tokenizer import ChatTokenizer
 
 LENGTH = 96                                     # text tokens of a question and its answer, at most
 LOG_EVERY, SAVE_EVERY = 50, 200                 # steps
@@ -41,15 +41,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--run", type=Path, default=Path("runs/quecc"), help="folder of log and state")
     parser.add_argument("--grids", type=int, nargs="+", default=[4, 2], help="tokens a side of a tile")
     parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--pictures", type=int, default=12, help="a step")
-    parser.add_argument("--questions", type=int, default=2, help="about each picture, at most")
-    parser.add_argument("--exam", type=int, default=320, help="held-out pictures at the end")
+    parser.add_argument("--images", type=int, default=12, help="a step")
+    parser.add_argument("--questions", type=int, default=2, help="about each image, at most")
+    parser.add_argument("--exam", type=int, default=320, help="held-out images at the end")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 class Lesson:
-    """Questions about pictures, each a conversation of its own, and what the frozen model makes of them."""
+    """Questions about images, each a conversation of its own, and what the frozen model makes of them."""
 
     def __init__(self, model: LlamaVision, questions: "Questions", split: str, first: int, seed: int):
         ratio = random.Random(f"{seed}:{first}").choice(RATIOS)
@@ -79,17 +79,17 @@ class Lesson:
 class Questions(Lessons):
     """Scenes of one ratio of tiles with a few questions each, the same ones for the same seed."""
 
-    def __init__(self, source: str, model: LlamaVision, pictures: int, most: int):
+    def __init__(self, source: str, model: LlamaVision, images: int, most: int):
         folder = find_checkpoint(source)
-        tokenizer = Prompter.from_folder(folder, model.config).tokenizer
+        tokenizer = ChatTokenizer.from_folder(folder, model.config).tokenizer
         tokenizer.encode_special_tokens = False
         super().__init__(tokenizer, ImageProcessor.from_folder(folder, model.config.vision), LENGTH)
-        self.pictures, self.most = pictures, most
+        self.images, self.most = images, most
 
     def draw(self, split: str, first: int, ratio: tuple[int, int], seed: int) -> tuple[list, list[int], list]:
-        """The tiles of each picture; for each question its picture, and its ids and targets."""
+        """The tiles of each image; for each question its image, and its ids and targets."""
         rng, tiles, asked, texts = random.Random(f"{seed}:{first}"), [], [], []
-        for i in range(self.pictures):
+        for i in range(self.images):
             scene = make_scene(split, first + i, ratio)
             tiles.append(self.processor([draw(scene)]))
             for turn in turns(scene, rng)[:self.most]:
@@ -141,7 +141,7 @@ def train(model: LlamaVision, questions: Questions, students: list[Student], arg
         log.write_text(",".join(["step", "minutes", *(f"kl_{s.grid ** 2}" for s in students)]) + "\n")
     began, sums = time.monotonic() - 60 * minutes, [0.0] * len(students)
     for step in range(start, args.steps):
-        lesson = Lesson(model, questions, "train", step * args.pictures, args.seed)
+        lesson = Lesson(model, questions, "train", step * args.images, args.seed)
         with torch.no_grad():
             whole = lesson.answers(lesson.image)
         sums = [total + student.learn(lesson, whole, step)
@@ -199,15 +199,15 @@ def main():
     if not set(args.grids) <= possible:
         raise SystemExit(f"--grids {' '.join(map(str, args.grids))}: choose among "
                          + ", ".join(map(str, sorted(possible))))
-    questions = Questions(args.model, model, args.pictures, args.questions)
+    questions = Questions(args.model, model, args.images, args.questions)
     students = [Student(model, grid, args.steps) for grid in args.grids]
     train(model, questions, students, args)
     grids = {student.grid: (student.stride, export(student.compressor, student.grid, args.out))
              for student in students}
     lessons = (Lesson(model, questions, "test", first, args.seed)
-               for first in range(0, args.exam, args.pictures))
+               for first in range(0, args.exam, args.images))
     figures = examine(model, lessons, grids)
-    figures |= {"model": args.model, "steps": args.steps, "pictures": args.pictures,
+    figures |= {"model": args.model, "steps": args.steps, "images": args.images,
                 "questions_a_picture": args.questions, "seed": args.seed}
     (args.out / "quecc.json").write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures["accuracy"], indent=2))

@@ -1,4 +1,4 @@
-"""What several test files share: random weights that hide no path of the network, and random pictures.
+"""What several test files share: random weights that hide no path of the network, and random images.
 
 For the pruners: small networks, a run of `generate.generate` that is watched, and the reference that it is
 held against, which masks what they drop. B batch, T text tokens, N image tokens, H query heads, G key/value
@@ -19,14 +19,14 @@ from torch import Tensor, nn
 from generate import generate
 from model.config import Config, VisionConfig
 from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
-from model.image import Grid, ImageProcessor, Tiles
-from model.image_tokens import ImageKV, ImageTokens, Queries
+from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles, visible_images
 from model.layers import rotary_angles, rotary_frequencies
 from model.llama_vision import LlamaVision
-from model.prompt import visible_images
-from pruning import METHODS, Pruner, load, sgl
-from pruning.sgl import load_guide
+from pruning import METHODS, Pruner, load
+from pruning.methods import sgl
+from pruning.methods.sgl import load_guide
 from report import Answer
+from weights.images import ImageProcessor
 
 
 @pytest.fixture(scope="session")
@@ -57,12 +57,12 @@ def randomise() -> Callable[..., nn.Module]:
 
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Tiles]:
-    """Tiles of pictures with these grids and random pixels, zeros in the slots without a tile."""
+    """Tiles of images with these grids and random pixels, zeros in the slots without a tile."""
     def tiles(grids: list[Grid], vision: VisionConfig, seed: int = 0) -> Tiles:
         side, generator = vision.image_size, torch.Generator().manual_seed(seed)
         pixels = torch.randn(len(grids), vision.max_num_tiles, 3, side, side, generator=generator)
-        for picture, (rows, columns) in zip(pixels, grids, strict=True):
-            picture[rows * columns:] = 0
+        for image, (rows, columns) in zip(pixels, grids, strict=True):
+            image[rows * columns:] = 0
         return Tiles(pixels, torch.tensor(grids).view(-1, 2))
     return tiles
 
@@ -76,17 +76,17 @@ def pytest_addoption(parser: pytest.Parser):
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc):
-    """`make` is each registered or given method with some of its knobs, as a function of further knobs."""
+    """`make` is each registered or given method with some of its options, as a function of further options."""
     if "make" in metafunc.fixturenames:
         methods, given = [*METHODS, *metafunc.config.getoption("pruner")], metafunc.module
         always = getattr(given, "ALWAYS", {})
-        cases = [(method, {**always.get(method, {}), **knob}) for method in methods for knob in
-                 (given.KEEPS[:1] + given.KNOBS[method] if method in given.KNOBS else given.KEEPS)]
+        cases = [(method, {**always.get(method, {}), **option}) for method in methods for option in
+                 (given.KEEPS[:1] + given.OPTIONS[method] if method in given.OPTIONS else given.KEEPS)]
         if "keeping_all" in metafunc.function.__name__:                 # whatever it was, keep becomes 1.0
-            unlike = {str((method, {**knob, "keep": 1.0})): (method, knob) for method, knob in cases}
+            unlike = {str((method, {**option, "keep": 1.0})): (method, option) for method, option in cases}
             cases = list(unlike.values())
-        metafunc.parametrize("make", [partial(load, method, **knob) for method, knob in cases],
-                             ids=[" ".join([method, *map(str, knob.values())]) for method, knob in cases])
+        metafunc.parametrize("make", [partial(load, method, **option) for method, option in cases],
+                             ids=[" ".join([method, *map(str, option.values())]) for method, option in cases])
 
 
 IMAGE = 60
@@ -116,17 +116,17 @@ def small(randomise) -> Callable[..., LlamaVision]:
 
 @pytest.fixture(scope="session")
 def see() -> Callable[..., ImageTokens | None]:
-    """Encodes random pictures of these grids, for each batch row; a pruner may shrink them first."""
+    """Encodes random images of these grids, for each batch row; a pruner may shrink them first."""
     def encode(network: LlamaVision, rows: list[list[Grid]], seed: int = 0,
                pruner: Pruner | None = None) -> ImageTokens | None:
         side, generator = network.config.vision.image_size, torch.Generator().manual_seed(seed)
         processor, tiles = ImageProcessor(side), []
         for grids in rows:
             noise = [torch.randint(256, (h * side, w * side, 3), generator=generator) for h, w in grids]
-            pictures = [Image.frombytes("RGB", (p.shape[1], p.shape[0]), bytes(p.flatten().tolist()))
+            images = [Image.frombytes("RGB", (p.shape[1], p.shape[0]), bytes(p.flatten().tolist()))
                         for p in noise]
-            tiles.append((processor if pruner is None else partial(pruner.pictures, processor=processor))
-                         (pictures))
+            tiles.append((processor if pruner is None else partial(pruner.images, processor=processor))
+                         (images))
         return network.encode(tiles, pruner is not None and "vision" in pruner.needs)
     return encode
 
@@ -174,9 +174,9 @@ def ask() -> Callable[..., Run]:
     return run
 
 
-def columns(kv: ImageKV, row: int, place: Tensor) -> Tensor:
+def columns(kv: ImageKV, row: int, coords: Tensor) -> Tensor:
     """Which of the tokens with these places [N, 4] are in `kv`: [G, N] bool."""
-    same = (kv.place[row][:, :, None] == place).all(-1)                                         # [K, n, N]
+    same = (kv.coords[row][:, :, None] == coords).all(-1)                                         # [K, n, N]
     same = same if kv.mask is None else same & kv.mask[row][:, :, None]
     return same.any(1).expand(kv.key.shape[1], -1)
 
@@ -207,7 +207,7 @@ def look(layer: CrossAttentionLayer, x: Tensor, k: Tensor, v: Tensor, inside: Te
 
 def left(kv: ImageKV, row: int, seen: Tensor) -> tuple[Tensor, Tensor | None]:
     """Which tokens of `kv` text rows see that see these images [T, 2]: [K, T, N]; and their bias [K, N]."""
-    which = kv.place[row][..., 0][:, None]                                                      # [K, 1, N]
+    which = kv.coords[row][..., 0][:, None]                                                      # [K, 1, N]
     inside = (which >= seen[:, :1]) & (which < seen[:, 1:])
     return (inside if kv.mask is None else inside & kv.mask[row][:, None],
             None if kv.bias is None else kv.bias[row])
@@ -238,9 +238,9 @@ def masked() -> Callable[..., Tensor]:
                     x = torch.cat([look(layer, x[t:t + 1], kv.key[branch], kv.value[branch],
                                         *left(kv, branch, seen[t:t + 1])) for t, kv in enumerate(kept)])
                 else:
-                    place = image.place[row][real]
-                    kept = torch.stack([columns(kv, branch, place) for kv in kept], dim=1)     # [G, T, N]
-                    inside = (place[:, 0] >= seen[:, :1]) & (place[:, 0] < seen[:, 1:])
+                    coords = image.coords[row][real]
+                    kept = torch.stack([columns(kv, branch, coords) for kv in kept], dim=1)     # [G, T, N]
+                    inside = (coords[:, 0] >= seen[:, :1]) & (coords[:, 0] < seen[:, 1:])
                     x = look(layer, x, *offered(layer, image.features[row][real]), kept & inside)
                 depth += 1
         return network.lm_head(decoder.norm(x))[len(prompt) - 1:]
@@ -263,8 +263,8 @@ def attention_of() -> Callable[..., tuple[Queries, ImageTokens, ImageKV]]:
     def make(weights: Tensor, kv_heads: int = 1) -> tuple[Queries, ImageTokens, ImageKV]:
         heads, rows, n = weights.shape
         q = weights.clamp(min=1e-30).log() * n ** 0.5           # keys are unit vectors, and d = N
-        place = torch.tensor([[[0, 0, 0, i] for i in range(n)]])
+        coords = torch.tensor([[[0, 0, 0, i] for i in range(n)]])
         key = torch.eye(n).expand(1, kv_heads, n, n)
-        image, seen = ImageTokens(torch.arange(n).float().view(1, n, 1), place), torch.tensor([0, 1])
-        return Queries(q[None], seen.expand(1, rows, 2)), image, ImageKV(key, key, place[:, None])
+        image, seen = ImageTokens(torch.arange(n).float().view(1, n, 1), coords), torch.tensor([0, 1])
+        return Queries(q[None], seen.expand(1, rows, 2)), image, ImageKV(key, key, coords[:, None])
     return make

@@ -1,0 +1,35 @@
+"""Fewer tiles: the image is resized to a smaller canvas before it is encoded.
+
+The honest cheap alternative to dropping tokens: it saves the encoder's work as well, and all that is lost is
+sharpness. `keep` is a share of the image's tiles; whole tiles are kept, at least one, so that a image of
+one tile stays as it is.
+"""
+import math
+from dataclasses import dataclass, replace
+
+from PIL import Image
+
+from model.image_tokens import Tiles
+from pruning.pruner import Pruner
+from weights.images import ImageProcessor
+
+
+@dataclass
+class Downsample(Pruner):
+    """Resizes the image to fewer tiles."""
+    keep: float | int = 0.5
+    unit = "of the tiles"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not isinstance(self.keep, float):
+            raise ValueError(f"downsample: keep is {self.keep}, but must be a fraction: it keeps whole tiles")
+
+    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
+        parts = [processor([])]
+        for image in images:
+            whole = processor([image])
+            most = max(1, math.floor(self.keep * int(whole.real[0]) + 0.5))
+            fewer = tuple(grid for grid in processor.canvases if math.prod(grid) <= most)
+            parts.append(replace(processor, canvases=fewer)([image]))
+        return Tiles.cat(parts)

@@ -1,0 +1,25 @@
+"""Every n-th image token, whatever the question: the second baseline of the Trimmed Llama paper.
+
+The paper keeps every other one; here any ratio, as evenly spaced as whole numbers allow.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.image_tokens import each_image
+from pruning.pruner import ImageKV, ImageTokens, Queries, SelectOnce, num_kept
+
+
+@dataclass
+class Spatial(SelectOnce):
+    """Keeps every n-th token."""
+    paper = "Lee et al. 2025, arXiv 2504.00557, Table 3"
+
+    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
+        kept = torch.zeros(image.coords.shape[:2], dtype=torch.bool, device=image.coords.device)
+        for there in each_image(image):
+            tokens, rank = there.sum(-1, keepdim=True), there.cumsum(-1) - 1
+            n = num_kept(self.keep, tokens)
+            kept |= there & (rank * n % tokens.clamp(min=1) < n)
+        return kept

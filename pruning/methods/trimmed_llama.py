@@ -1,0 +1,67 @@
+"""Trimmed Llama: keep what the heads of the first cross-attention layer look at.
+
+Jewon Lee, Ki-Ung Song, Seungmin Yang, Donguk Lim, Jaeyeon Kim, Wooksu Shin, Bo-Kyeong Kim, Yong Jae Lee,
+Tae-Ho Kim: "Efficient LLaMA-3.2-Vision by Trimming Cross-attended Visual Features", arXiv 2504.00557.
+
+The paper's: attention weights of the first cross-attention layer, summed over the prompt's rows; in each
+query head the k = K_ratio · N highest tokens; kept is the union over the heads, so that more is kept where
+heads look at different things. That layer itself reads everything in prefill; all later ones make their keys
+and values of the kept tokens alone, and nothing is chosen anew while decoding.
+
+Ours, where the paper is silent: rows that see no image do not count, nor do padding tiles; k is rounded half
+up; of several images, each has a choice of its own; after prefill the first layer's cache is trimmed too, as
+Figure 2 has it (`early_caches="full"` leaves it whole, as the paper's count of operations does);
+`per="kv_head"` averages over the query heads of a key/value head first; `budget` caps the union, best first.
+"""
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from pruning.attention import attention_received
+from pruning.pruner import ImageKV, ImageTokens, Queries, SelectOnce, top_k_mask
+
+
+@dataclass
+class TrimmedLlama(SelectOnce):
+    """Keeps the union of what each head of the first layer attends to most.
+
+    `keep` is the paper's K_ratio: the share, or number, of image tokens that every head may vote for.
+    """
+    keep: float | int = 0.25
+    per: Literal["query", "kv_head"] = "query"
+    budget: float | int | None = None
+
+    name, unit = "trimmed_llama", "per head"
+    paper = "Lee et al. 2025, arXiv 2504.00557"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.budget is not None:
+            self.check_share("budget")
+
+    @property
+    def keeps_all(self) -> bool:
+        return super().keeps_all and self.budget is None
+
+    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
+        mass = attention_received(queries, kv, heads="query" if self.per == "query" else "kv")       # [B, H, N]
+        kept = top_k_mask(mass, self.keep, image).any(1)
+        if self.budget is None:
+            return kept
+        return kept & top_k_mask(mass.amax(1).masked_fill(~kept, -1), self.budget, image)
+
+
+def flops_reduction(text: int, image: int, kept: float, width: int = 4096, mlp: int = 14336,
+                    self_layers: int = 32, cross_layers: int = 8) -> float:
+    """The share of the decoder's operations that the paper's Appendix A.3 says is saved in prefill.
+
+    `text` and `image` tokens, of which a share `kept` stays. Optimistic: it charges keys and values for every
+    query head, where this model has a quarter as many; compare `LlamaVision.flops`.
+    """
+    def cross(n: float) -> float:
+        return 2 * text * width ** 2 + 2 * n * width ** 2 + 2 * text * n * width + 2 * text * width * mlp
+
+    own = self_layers * (4 * text * width ** 2 + 2 * text ** 2 * width + 2 * text * width * mlp)
+    pruned = own + cross(image) + (cross_layers - 1) * cross(kept * image)
+    return 1 - pruned / (own + cross_layers * cross(image))

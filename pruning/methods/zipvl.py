@@ -1,0 +1,111 @@
+"""ZipVL: each layer keeps as many image tokens as it takes to hold a share tau of its attention.
+
+Yefei He, Feng Chen, Jing Liu, Wenqi Shao, Hong Zhou, Kaipeng Zhang, Bohan Zhuang: "ZipVL: Efficient Large
+Vision-Language Models with Dynamic Token Sparsification and KV Cache Compression", arXiv 2410.08584.
+
+Peaked layers and easy inputs get by with fewer tokens than flat ones. Of a layer's attention A from its probe
+rows, the 64 latest and 64 random ones, or all where there are no more:
+
+    mass  a_j = sum over rows of A_j         p = the fewest tokens whose a_j, highest first, make tau * sum a
+    mean  m_j = a_j / rows that see j        kept: the p tokens with the highest m_j
+
+The paper's: these formulas, counting by a and choosing by m; tau 0.975; a layer already reads the prompt with
+what it keeps (`when="prefill"`); the rest is dropped, as in the second version of the paper. The first stored
+it in 2 bits: not built. How heads are reduced is not stated: here by the mean over all of them, or over those
+of a key/value head (`heads="kv_head"`), each of which then has a p of its own.
+
+What cannot carry over: image tokens have no queries here that could be left out, text does not compete with
+them, and their cache does not grow, so nothing is chosen while decoding. The values of dropped tokens are
+made all the same: here a layer makes keys and values together.
+
+Ours: `keep` takes the place of tau. One tau for all layers of a prompt is found at which they keep so many
+tokens in all; where several stand right at it, those of the first layers win, so the number is exact. This
+needs the curves of all layers, so the cut is at the boundary then, as with `when="boundary"`. Several images
+compete, but the best token of each goes first. No figure is published for this model; where heads are
+diffuse, 0.975 may well keep most tokens: that is the method.
+"""
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from model.image_tokens import each_image, visible
+from pruning.attention import attention_received
+from pruning.pruner import ImageKV, ImageTokens, Queries, SelectPerLayer
+from pruning.select import budget, highest, missing
+
+RECENT, RANDOM = 64, 64     # probe rows
+ROUNDING = 1e-5             # of the mass that may be missing
+
+
+@dataclass
+class ZipVL(SelectPerLayer):
+    """Keeps in each layer as many tokens as hold a share tau of its attention.
+
+    With `keep`, of each image's tokens a layer on average, tau is found instead of given. `seed` is of the
+    random probe rows of long prompts.
+    """
+    keep: float | int | None = None
+    tau: float = 0.975
+    when: Literal["prefill", "boundary"] = "prefill"        # boundary: the prompt reads everything
+    heads: Literal["layer", "kv_head"] = "layer"
+    seed: int = 0
+
+    paper = "He et al. 2024, arXiv 2410.08584"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.tau <= 1:
+            raise ValueError(f"{self.name}: tau is {self.tau}, but must be above 0 and at most 1")
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.tau == 1 if self.keep is None else super().keeps_all
+
+    @property
+    def at_once(self) -> bool:
+        """Whether each layer is cut before it reads the prompt."""
+        return self.keep is None and self.when == "prefill"
+
+    def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
+        image, kv = super().layer(i, queries, image, kv)
+        return image, kv.take(self.chosen([kv])[0]) if self.at_once else kv
+
+    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
+        return kvs if self.at_once else super().prefilled(kvs)
+
+    def score(self, i: int, queries: Queries, kv: ImageKV) -> Tensor:
+        """The attention that each token gets from the probe rows, [2, B, K, N]: the mass, and the mean."""
+        seen = queries.seen * probes(queries.seen[..., 0] < queries.seen[..., 1], self.seed)[..., None]
+        mass = attention_received(replace(queries, seen=seen), kv, heads="layer" if self.heads == "layer" else "kv")
+        mass = mass.view(len(seen), -1, kv.key.shape[2])
+        return torch.stack((mass, mass / visible(seen, kv).sum(2).clamp(min=1)))
+
+    def chosen(self, kvs: list[ImageKV]) -> list[Tensor]:
+        """What the latest layers keep, [B, K, N] bool of each."""
+        mass, mean = torch.stack(self.scores[-len(kvs):], dim=2)                        # [B, C, K, N] each
+        images = [image[:, None] for image in each_image(kvs[0])]                       # [B, 1, 1, N] each
+        there, first = sum(images) > 0, sum(highest(mean, 1, image) for image in images) > 0
+        rank, lacking = torch.arange(mean.shape[-1], device=mean.device), missing(mass.masked_fill(~there, 0))
+        lacking = lacking.masked_fill(rank < first.sum(-1, keepdim=True), 2)
+        wanted = (rank < there.sum(-1, keepdim=True)).expand_as(mean)
+        if self.keep is None:
+            wanted = wanted & (lacking > (1 - self.tau) * (1 + ROUNDING))
+        else:
+            sets = wanted[0, ..., 0].numel()
+            total = sum(budget(self.keep, image.sum((1, 2, 3)), sets) for image in images)
+            wanted = highest(lacking.flatten(1), total[:, None], wanted.flatten(1)).view_as(wanted)
+        return [*highest(mean.masked_fill(first, torch.inf), wanted.sum(-1, keepdim=True), there).unbind(1)]
+
+
+def probes(looking: Tensor, seed: int) -> Tensor:
+    """Of the text rows [B, T] that see an image, the latest and some random ones of the others; all of them
+    where they are few. Which is drawn depends on how many there are, and on nothing else of the batch."""
+    asked = looking.clone()
+    for row, rows in enumerate(looking):
+        early = rows.nonzero()[:-RECENT, 0]
+        if len(early) > RANDOM:
+            draw = torch.Generator().manual_seed(seed)
+            asked[row, early[torch.randperm(len(early), generator=draw)[RANDOM:].to(early.device)]] = False
+    return asked

@@ -1,0 +1,428 @@
+"""Bad input of every kind: one line on stderr that says what is wrong, exit code 2, and nothing else.
+
+The table has images, flags, prompts and checkpoints. A row is a name, a function that prepares the case on
+a `Bench` and returns the command line, and what the line must say. Broken checkpoints are the bundled one
+with one file damaged. All runs in this process, through `main()`, which is all that `python generate.py`
+does; the hub is never asked, its answers are imitated.
+"""
+import io
+import json
+import struct
+import sys
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants, errors
+from PIL import Image
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+
+import generate
+
+TINY = Path(__file__).parents[2] / "weights" / "tiny"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+NORM = "language_model.model.norm.weight"
+QUESTION = "--prompt", "What is a star?"
+
+
+class Bench:
+    """Where a row is prepared: a folder for its files, the standard input, and what is imitated."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
+        self.folder, self.patch = folder, patch
+        self.stdin, self.terminal = b"", False      # None: closed
+
+    def path(self, name: str, content: bytes | None = None) -> str:
+        """Where the file `name` is, which is written first if it has a content."""
+        if content is not None:
+            (self.folder / name).write_bytes(content)
+        return str(self.folder / name)
+
+    def checkpoint(self, *files: tuple[str, bytes | None | Callable[[bytes], bytes]]) -> str:
+        """The bundled checkpoint with some files written, removed (None) or changed (a function)."""
+        folder = self.folder / "checkpoint"
+        folder.mkdir()
+        for file in TINY.iterdir():
+            (folder / file.name).symlink_to(file)
+        for name, change in files:
+            path = folder / name
+            content = change(path.read_bytes()) if callable(change) else change
+            path.unlink(missing_ok=True)            # the link, never what it points to
+            if content is not None:
+                path.write_bytes(content)
+        return str(folder)
+
+
+Prepare = Callable[[Bench], list[str]]
+
+
+def flags(*args: str) -> Prepare:
+    """A good question with these flags."""
+    return lambda bench: [*args, *QUESTION]
+
+
+def bare(*args: str) -> Prepare:
+    """These arguments and no more."""
+    return lambda bench: [*args]
+
+
+def random_image(name: str, content: bytes | None = None) -> Prepare:
+    return lambda bench: ["--image", bench.path(name, content), *QUESTION]
+
+
+def piped(content: bytes | None, image: bool = False) -> Prepare:
+    def prepare(bench: Bench) -> list[str]:
+        bench.stdin = content
+        return ["--image", bench.path("good.png", drawn("PNG"))] if image else []
+    return prepare
+
+
+def typed(*args: str) -> Prepare:
+    def prepare(bench: Bench) -> list[str]:
+        bench.terminal = True
+        return [*args]
+    return prepare
+
+
+def model(*files: tuple, also: tuple[str, ...] = QUESTION) -> Prepare:
+    """A question to a damaged checkpoint; see `Bench.checkpoint`."""
+    return lambda bench: ["--model", bench.checkpoint(*files), *also]
+
+
+def config(entry: str, value: object) -> Prepare:
+    return model(("config.json", entry_of_json(entry, value)))
+
+
+def preprocessor(entry: str, value: object) -> Prepare:
+    return model(("preprocessor_config.json", entry_of_json(entry, value)))
+
+
+def weights(change: bytes | None | Callable[[bytes], bytes], *files: tuple[str, bytes]) -> Prepare:
+    return model((WEIGHTS, change), *files)
+
+
+def folder_of(*files: str) -> Prepare:
+    """A question to a folder with nothing but these empty files in it."""
+    def prepare(bench: Bench) -> list[str]:
+        Path(bench.path("folder")).mkdir()
+        for name in files:
+            bench.path(f"folder/{name}", b"")
+        return ["--model", bench.path("folder"), *QUESTION]
+    return prepare
+
+
+def hub(*args: str, error: Callable[[], Exception] | None = None) -> Prepare:
+    """A question to a hub id; the hub answers with an error, or is not asked at all."""
+    def prepare(bench: Bench) -> list[str]:
+        def download(repo, revision, allow_patterns, ignore_patterns):
+            raise error()
+
+        if error is not None:
+            bench.patch.setattr("weights.hub.snapshot_download", download)
+        return ["--model", "owner/name", *args, *QUESTION]
+    return prepare
+
+
+def no_revision() -> Exception:
+    http = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]   # httpx, or its heir
+    request = http.Request("GET", "https://huggingface.co/api/models/owner/name")
+    reply = http.Response(404, request=request)
+    return errors.RevisionNotFoundError("404 Client Error.\n\nRevision Not Found", response=reply)
+
+
+def drawn(form: str, mode: str = "RGB", colour: str | float = "red") -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (60, 40), colour).save(file, form)
+    return file.getvalue()
+
+
+def png_of_size(width: int, height: int) -> bytes:
+    """A PNG that declares a size and holds almost nothing."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    data = b"\x89PNG\r\n\x1a\n"
+    for kind, body in (b"IHDR", header), (b"IDAT", zlib.compress(b"0")), (b"IEND", b""):
+        data += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    return data
+
+
+def entry_of_json(entry: str, value: object) -> Callable[[bytes], bytes]:
+    """Sets one entry of a JSON file, "a.b" being entry b of object a."""
+    def change(data: bytes) -> bytes:
+        inside = content = json.loads(data)
+        *outer, last = entry.split(".")
+        for key in outer:
+            inside = inside[key]
+        inside[last] = value
+        return json.dumps(content).encode()
+    return change
+
+
+def tensors(change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[bytes], bytes]:
+    """Changes the tensors of a safetensors file."""
+    def changed(data: bytes) -> bytes:
+        state = load_tensors(data)
+        change(state)
+        return save_tensors(state)
+    return changed
+
+
+def tensor(name: str, value: torch.Tensor) -> Prepare:
+    return weights(tensors(lambda state: state.update({name: value})))
+
+
+def index(*files: str) -> tuple[str, bytes]:
+    return INDEX, json.dumps({"weight_map": {f"tensor{i}": file for i, file in enumerate(files)}}).encode()
+
+
+IMAGES = [
+    ("missing", random_image("none.png"), "none.png", "no such file"),
+    ("a folder", random_image("."), "a folder; name one image"),
+    ("empty", random_image("e.png", b""), "e.png: empty"),
+    ("no path", flags("--image", ""), "image"),
+    ("a text", random_image("notes.txt", b"a red star\n"), "notes.txt: not a image", "PNG"),
+    ("a text called png", random_image("notes.png", b"a red star\n"), "notes.png: not a image"),
+    ("SVG", random_image("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg: not a image"),
+    ("PDF", random_image("x.pdf", b"%PDF-1.7\n%%EOF"), "x.pdf: not a image"),
+    ("EPS", random_image("x.eps", drawn("EPS")), "x.eps: not a image"),
+    ("signature only", random_image("s.png", drawn("PNG")[:8]), "s.png: "),
+    ("cut PNG", random_image("c.png", drawn("PNG")[:60]), "c.png: damaged", "save it again"),
+    ("cut JPEG", random_image("c.jpg", drawn("JPEG")[:-100]), "c.jpg: damaged", "save it again"),
+    ("cut WebP", random_image("c.webp", drawn("WEBP")[:-10]), "c.webp: "),
+    ("bomb", random_image("bomb.png", png_of_size(60000, 60000)), "bomb.png: over", "pixels"),
+    ("no pixels", random_image("n.png", png_of_size(0, 4)), "n.png: "),
+    ("NaN pixels", random_image("n.tif", drawn("TIFF", "F", float("nan"))), "n.tif: ", "NaN"),
+    ("NUL in the path", random_image("a\0b.png"), "null"),
+    ("line break in the path", random_image("a\nb.png"), "no such file"),
+    ("second", lambda b: [*piped(b"", image=True)(b), *random_image("b.png")(b)], "b.png: no such file"),
+]
+
+LENGTH, HEAT, MASS = "--max-new-tokens", "--temperature", "--top-p"
+FLAGS = [
+    ("unknown flag", bare("--imagine", "x.png"), "--imagine"),
+    ("stray word", bare("x.png"), "x.png"),
+    ("ambiguous flag", bare("--d", "cpu"), "--d", "--device", "--dtype"),
+    ("prompt without value", bare("--prompt"), "--prompt", "expected one argument"),
+    ("image without value", bare("--image", "--json"), "--image", "expected one argument"),
+    ("json with value", flags("--json=yes"), "--json"),
+    ("length not a number", flags(LENGTH, "many"), LENGTH, "'many'"),
+    ("length not whole", flags(LENGTH, "2.5"), LENGTH, "'2.5'"),
+    ("length 0", flags(LENGTH, "0"), f"{LENGTH} is 0", "at least 1"),
+    ("length below 0", flags(LENGTH, "-3"), f"{LENGTH} is -3", "at least 1"),
+    ("length beyond the context", flags(LENGTH, "100000"), "100000", "context holds 2048", "fewer"),
+    ("length beyond 64 bits", flags(LENGTH, "1" * 30), "1" * 30, "context holds 2048"),
+    ("temperature not a number", flags(HEAT, "hot"), HEAT, "'hot'"),
+    ("temperature below 0", flags(HEAT, "-0.5"), "temperature is -0.5", "0 (greedy)"),
+    ("temperature NaN", flags(HEAT, "nan"), "temperature is nan"),
+    ("temperature infinite", flags(HEAT, "inf"), "temperature is inf"),
+    ("top-p 0", flags(MASS, "0"), "top-p is 0.0", "at most 1"),
+    ("top-p below 0", flags(MASS, "-0.1"), "top-p is -0.1"),
+    ("top-p above 1", flags(MASS, "1.1"), "top-p is 1.1", "at most 1"),
+    ("top-p NaN", flags(MASS, "nan"), "top-p is nan"),
+    ("seed not whole", flags("--seed", "1.5"), "--seed", "'1.5'"),
+    ("seed beyond 64 bits", flags("--seed", "9" * 20, HEAT, "1"), "seed", "9" * 20),
+    ("unknown device", flags("--device", "abacus"), "'abacus'", "use cpu, cuda"),
+    ("no device", flags("--device", ""), "device", "use cpu, cuda"),
+    ("unsupported device", flags("--device", "meta"), "'meta'", "use cpu, cuda"),
+    ("device before download", hub("--device", "abacus", error=no_revision), "'abacus'", "use cpu, cuda"),
+    ("no CUDA", flags("--device", "cuda"), "no CUDA GPU", "use device cpu"),
+    ("unknown dtype", flags("--dtype", "int4"), "'int4'", "bf16", "fp32"),
+    ("dtype before download", hub("--dtype", "int4", error=no_revision), "'int4'", "bf16", "fp32"),
+    ("JSON chat", typed("--json"), "--json", "--prompt"),
+]
+
+STARS = "star " * 3000
+DATED = "chat_template.jinja", b"{{ date_string }}"
+PROMPTS = [
+    ("empty", bare("--prompt", ""), "prompt is empty"),
+    ("only blanks", bare("--prompt", " \t\n"), "prompt is empty"),
+    ("second empty", flags("--prompt", ""), "prompt is empty"),
+    ("nothing piped", piped(b""), "--prompt", "--image"),
+    ("blanks piped", piped(b" \n\n"), "--prompt", "--image"),
+    ("input closed", piped(None), "--prompt", "--image"),
+    ("not UTF-8", bare("--prompt", "caf\udce9"), "not valid Unicode", "UTF-8"),
+    ("not UTF-8, piped", piped(b"caf\xe9?"), "standard input", "UTF-8"),
+    ("system not UTF-8", flags("--system", "caf\udce9"), "system message", "UTF-8"),
+    ("date not UTF-8", model(DATED, also=(*QUESTION, "--date", "\udce9")), "date", "UTF-8"),
+    ("too long", bare("--prompt", STARS), "prompt tokens", "context holds 2048", "shorten"),
+    ("too long, piped", piped(STARS.encode(), image=True), "context holds 2048"),
+    ("too long, second", flags("--prompt", STARS), "context holds 2048"),
+    ("too long with the answer", bare("--prompt", STARS[:9500]), "and 256 new ones", "context holds 2048"),
+]
+
+PLACES = [
+    ("no such folder", flags("--model", "./none"), "'./none'", "nor a folder here"),
+    ("no name", flags("--model", ""), "''", "'tiny'", "hub id"),
+    ("not a hub id", flags("--model", "llama 11b"), "'llama 11b'", "hub id like owner/name"),
+    ("not in the cache, offline", hub(), "owner/name", "cache", "HF_HUB_OFFLINE"),
+    ("revision unknown", hub("--revision", "v9", error=no_revision), "no revision 'v9'", "branch"),
+    ("revision of tiny", flags("--revision", "main"), "tiny", "'main'", "local folder"),
+    ("revision of a folder", model(also=("--revision", "v1", *QUESTION)), "'v1'", "local folder"),
+    ("empty folder", folder_of(), "no config.json"),
+    ("GGUF folder", folder_of("x-Q4_K_M.gguf"), "GGUF", "safetensors"),
+    ("pth folder", folder_of("consolidated.00.pth", "params.json"), ".pth", "safetensors"),
+    ("adapter", folder_of("adapter_config.json", "adapter_model.safetensors"), "LoRA", "merged"),
+    ("GGUF file", lambda b: ["--model", b.path("x.gguf", b"GGUF"), *QUESTION], "GGUF", "safetensors"),
+    ("weights file", flags("--model", str(TINY / WEIGHTS)), "is a file", "pass the folder"),
+]
+
+CONFIGS = [
+    ("not JSON", model(("config.json", b"{")), "config.json", "not readable as JSON"),
+    ("not UTF-8", model(("config.json", b"\xff\xfe")), "config.json", "not readable"),
+    ("a list", model(("config.json", b"[]")), "config.json", "'list'"),
+    ("other model", config("model_type", "llava"), "'llava'", "'mllama'"),
+    ("section a list", config("text_config", [1]), "text_config"),
+    ("heads that do not fit", config("text_config.num_attention_heads", 3), "text_config", "3 heads"),
+    ("size 0", config("text_config.vocab_size", 0), "vocab_size is 0"),
+    ("size a word", config("text_config.vocab_size", "640"), "vocab_size is '640'"),
+    ("size of another model", config("text_config.intermediate_size", 512), "has the shape", "[512, 160]"),
+    ("base beyond all size", config("text_config.rope_theta", 10 ** 400), "rope_theta"),
+    ("unknown rope", config("text_config.rope_scaling", {"rope_type": "yarn"}), "'yarn'", "'llama3'"),
+    ("rope a word", config("text_config.rope_scaling", "llama3"), "rope_scaling"),
+    ("rope a list", config("text_config.rope_parameters", ["llama3"]), "rope_parameters"),
+    ("layers a number", config("text_config.cross_attention_layers", 3), "cross_attention_layers"),
+    ("layers words", config("text_config.cross_attention_layers", ["2"]), "cross_attention_layers"),
+    ("layers outside", config("text_config.cross_attention_layers", [2, 70]), "cross_attention_layers", "70"),
+    ("taps a word", config("vision_config.intermediate_layers_indices", "1"), "intermediate_layers_indices"),
+    ("ratios numbers", config("vision_config.supported_aspect_ratios", [1, 2]), "supported_aspect_ratios"),
+    ("stop tokens an object", config("text_config.eos_token_id", {"a": 1}), "eos_token_id"),
+    *((method, config(f"{section}quantization_config", {"quant_method": method}), f"quantized ({method})",
+       "bf16 checkpoint")
+      for method, section in (("bitsandbytes", ""), ("gptq", ""), ("compressed-tensors", "text_config."))),
+]
+
+WEIGHT_FILES = [
+    ("none", weights(None), WEIGHTS, "download"),
+    ("empty", weights(b""), WEIGHTS, "empty"),
+    ("cut", weights(lambda data: data[:-1000]), WEIGHTS, "truncated", "download"),
+    ("cut header", weights(lambda data: data[:500]), WEIGHTS, "truncated within its header"),
+    ("damaged header", weights(lambda data: data[:8] + b"?" + data[9:]), WEIGHTS, "header is damaged"),
+    ("git-lfs pointer", weights(b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
+    ("missing tensor", weights(tensors(lambda state: state.pop(NORM))), "missing tensors (1)", NORM),
+    ("extra tensor", tensor("x", torch.ones(2)), "unexpected tensors (1)", "'x'"),
+    ("wrong shape", tensor(NORM, torch.ones(2)), NORM, "[2]", "[160]"),
+    ("whole numbers", tensor(NORM, torch.ones(160, dtype=torch.int8)), NORM, "I8", "bf16 checkpoint"),
+    ("quantized", tensor(NORM + ".absmax", torch.ones(2)), "bitsandbytes 4-bit", "bf16 checkpoint"),
+    ("missing shard", weights(None, index(*SHARDS), (SHARDS[0], b"")), "missing files (1)", SHARDS[1]),
+    ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "download"),
+    ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not an index"),
+    ("index leads away", weights(None, index("../x.safetensors")), "'../x.safetensors'", "same folder"),
+]
+
+TEMPLATE, STOPS, PIXELS = "chat_template.jinja", "generation_config.json", "preprocessor_config.json"
+BASE = STOPS, entry_of_json("eos_token_id", 633)
+TEXT_SIDE = [
+    ("no tokenizer", model(("tokenizer.json", None)), "tokenizer.json", "No such file"),
+    ("cut tokenizer", model(("tokenizer.json", lambda data: data[:-9])), "tokenizer.json", "not readable"),
+    ("no image token", model(("tokenizer.json", lambda data: data.replace(b"<|image|>", b"<|x|>"))),
+     "lacks the special token <|image|>", "another model"),
+    ("tokenizer of other numbers", config("image_token_index", 641), "token 640", "image_token_index 641"),
+    ("settings not JSON", model(("tokenizer_config.json", b"{")), "tokenizer_config.json", "not readable"),
+    ("stop tokens words", model((STOPS, entry_of_json("eos_token_id", "end"))), STOPS, "'end'"),
+    ("broken template", model((TEMPLATE, b"{% for %}")), TEMPLATE, "does not parse"),
+    ("failing template", model((TEMPLATE, b"{{ 1 / 0 }}")), "chat template", "division by zero"),
+    ("template for two", model((TEMPLATE, b"<|image|>")), "writes 1 <|image|> for 0 images"),
+    ("system and base model", model(BASE, also=("--system", "x", *QUESTION)), "base model", "system message"),
+    ("preprocessor not JSON", model((PIXELS, b"{")), PIXELS, "not readable as JSON"),
+    ("other tile size", preprocessor("size", {"height": 560, "width": 560}), "560", "image_size is 112"),
+    ("too many tiles", preprocessor("max_image_tiles", 9), "max_image_tiles is 9"),
+    ("two colours", preprocessor("image_mean", [0.5, 0.5]), "image_mean", "three numbers"),
+]
+
+def method(content: str, named: str = "Mine") -> Prepare:
+    """A class in a file as the pruning method."""
+    return lambda bench: ["--prune", bench.path("mine.py", content.encode()) + ":" + named, *QUESTION]
+
+
+PRUNING = [
+    ("unknown method", flags("--prune", "fast"), "'fast'", "trimmed_llama, fastv, elastic", "mine.py:Mine"),
+    ("no such guide", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune",
+                                     "sgl", "--set", "guide=./none"], "'./none'", "nor a folder here"),
+    ("no such compressor", flags("--prune", "quecc", "--set", "weights=here"), "quecc", "'here'", "folder"),
+    ("empty blocks", flags("--prune", "attention_predictor", "--set", "block=0"), "block is 0", "at least"),
+    ("more layers choose than there are", lambda bench: [
+        "--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune", "mint", "--set", "n_sel=9"],
+     "n_sel is 9", "1 to 3"),
+    ("a mass above all", flags("--prune", "zipvl", "--set", "tau=2"), "tau is 2", "at most 1"),
+    ("less than no text", flags("--prune", "csp", "--set", "text_keep=0"), "text_keep is 0", "above 0"),
+    ("no method", flags("--keep", "0.5"), "--prune"),
+    ("option without a method", flags("--set", "seed=1"), "--prune"),
+    ("keep nothing", flags("--prune", "random", "--keep", "0"), "keep is 0", "at least 1"),
+    ("keep too much", flags("--prune", "random", "--keep", "1.5"), "keep is 1.5", "at most 1.0"),
+    ("keep a word", flags("--prune", "random", "--keep", "half"), "keep is 'half'", "a number"),
+    ("keep not a number", flags("--prune", "random", "--keep", "nan"), "keep is nan", "a number"),
+    ("whole tiles", flags("--prune", "downsample", "--keep", "7"), "keep is 7", "fraction", "tiles"),
+    ("unknown option", flags("--prune", "fastv", "--set", "depth=3"), "no option 'depth'", "full_layers"),
+    ("bad value", flags("--prune", "fastv", "--set", "rows=some"), "rows is 'some'", "last or all"),
+    ("bad type", flags("--prune", "fastv", "--set", "full_layers=x"), "full_layers is 'x'", "whole number"),
+    ("no value", flags("--prune", "fastv", "--set", "rows"), "'rows'", "option=value"),
+    ("bad hook", flags("--prune", "random", "--set", "when=step"), "when is 'step'", "prefill or boundary"),
+    ("too many layers", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION, "--prune",
+                                       "fastv", "--set", "full_layers=9"], "full_layers is 9", "0 to 3"),
+    ("no such file", flags("--prune", "nowhere.py:Mine"), "nowhere.py", "no such file"),
+    ("no class", method("x = 1"), "no class 'Mine'"),
+    ("no pruner", method("class Mine: pass"), "'Mine'", "Pruner"),
+    ("no name", method("x = 1", ""), "no class ''"),
+    ("syntax", method("class Mine("), "mine.py", "SyntaxError"),
+    ("fails", method("import nowhere_at_all"), "mine.py", "nowhere_at_all"),
+    ("map of two answers", flags("--prompt", "What?", "--save-map", "x.png"), "--save-map", "one --prompt"),
+    ("map of no image", flags("--save-map", "x.png"), "--save-map", "--image"),
+    ("map of no kind", flags("--map", "lens"), "invalid choice", "attention"),
+    ("map of odd format", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION,
+                                         "--save-map", "x.docx"], "x.docx", ".png"),
+    ("map into nowhere", lambda bench: ["--image", bench.path("good.png", drawn("PNG")), *QUESTION,
+                                        "--save-map", "nowhere/x.png"], "nowhere/x.png", "folder"),
+    ("a file alone", flags("--prune", "mine.py"), "'mine.py'", "mine.py:Mine"),
+]
+
+KINDS = {"pruning": PRUNING, "image": IMAGES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES,
+         "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE}
+ROWS = {f"{kind}: {name}": row for kind, rows in KINDS.items() for name, *row in rows}
+
+
+def test_the_table_is_long_and_names_nothing_twice():
+    assert len(ROWS) == sum(map(len, KINDS.values())) >= 100
+
+
+class Input(io.TextIOWrapper):
+    """Standard input of given bytes, or a terminal at which nobody types."""
+
+    def __init__(self, content: bytes, terminal: bool):
+        super().__init__(io.BytesIO(content), encoding="utf-8")
+        self.terminal = terminal
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+
+def tree(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Everything under a folder, with its size and time of change."""
+    return {path: (path.lstat().st_size, path.lstat().st_mtime_ns) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_bad_input_gets_one_line(row, tmp_path, monkeypatch, capsys):
+    prepare, *words = ROWS[row]
+    bench = Bench(tmp_path, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["generate.py", *prepare(bench)])
+    stdin = None if bench.stdin is None else Input(bench.stdin, bench.terminal)
+    monkeypatch.setattr(sys, "stdin", stdin)
+    before = tree(tmp_path)
+
+    with pytest.raises(SystemExit) as caught:
+        generate.main()
+
+    out, err = capsys.readouterr()
+    assert caught.value.code == 2
+    assert out == ""
+    assert err.startswith("error: ") and err.endswith("\n") and len(err.splitlines()) == 1, err
+    for word in words:
+        assert word in err
+    assert tree(tmp_path) == before

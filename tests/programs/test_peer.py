@@ -1,0 +1,252 @@
+"""The transformers that the benchmark compares with: the same weights, the same numbers once it is corrected,
+the same inputs of every pass as its own `generate` gives, and one graph where it compiles.
+"""
+import sys
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CompileConfig
+
+from benchmarks.peer import Peer
+from model.config import Config, RopeScaling, TextConfig, VisionConfig
+from model.image_tokens import Tiles
+from model.llama_vision import LlamaVision
+from weights import load_model
+
+CLOSE = {"atol": 1e-4, "rtol": 0}
+DIFFERENT = 1e-2
+STEPS = 4
+TEXT = TextConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
+                  num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=(1, 3), pad_token_id=2)
+SHAPES = {
+    "plain": Config(VisionConfig(16, 32, 2, 3, 1, 28, intermediate_layers_indices=(1, 2)), TEXT, 60),
+    # a tap of the first layer's input, one key/value head, stretched rotary frequencies, a padding token that
+    # the embedding does not hold
+    "odd": Config(VisionConfig(24, 40, 3, 2, 2, 16, 8, intermediate_layers_indices=(0, 1)),
+                  TextConfig(50, 48, 40, 4, num_attention_heads=3, num_key_value_heads=1,
+                             cross_attention_layers=(2,), rope_theta=10000.0,
+                             rope_scaling=RopeScaling(original_max_position_embeddings=16)), 50),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module", params=[*SHAPES, "tiny"])
+def pair(request, randomise) -> tuple[LlamaVision, Peer]:
+    return make(request.param, randomise)
+
+
+@pytest.fixture(scope="module")
+def plain(randomise) -> tuple[LlamaVision, Peer]:
+    return make("plain", randomise)
+
+
+def make(name: str, randomise) -> tuple[LlamaVision, Peer]:
+    if name == "tiny":
+        ours = load_model("tiny", dtype="fp32").requires_grad_(False)
+    else:
+        ours = randomise(LlamaVision(SHAPES[name]), SHAPES[name].vision, seed=1).requires_grad_(False)
+    return ours, Peer(ours)
+
+
+def prompts(config: Config, batch: int, images: int = 1) -> Tensor:
+    """Text, the images side by side, text: other text in every row, as long in each."""
+    ids = torch.randint(3, 50, (batch, 11), generator=torch.Generator().manual_seed(batch))
+    ids[:, 4:4 + images] = config.image_token_index
+    return ids
+
+
+def answer(peer: Peer, ids: Tensor, states: Tensor, grids: list, steps: int, static: bool) -> Tensor:
+    """The logits of a greedy answer [steps + 1, B, V]."""
+    logits, cache = peer.prefill(ids, states, grids, steps, static)
+    rows = [logits]
+    for _ in range(steps):
+        rows.append(peer.decode(rows[-1].argmax(-1), cache))
+    return torch.stack(rows)
+
+
+# ----- the same network
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("grids", [[(1, 1)], [(1, 2)], [(2, 2)], [(2, 1), (1, 1)]], ids=str)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_equal_once_corrected(pair, draw, batch, grids, static):
+    """Prefill and greedy steps; its cache holds every tile slot, ours the real tiles: 4x for one tile."""
+    ours, peer = pair
+    tiles, ids = draw(grids, ours.config.vision), prompts(ours.config, batch, len(grids))
+    logits, cache = ours.prefill(ids, [ids.shape[1]] * batch, ours.encode([tiles]).expand(batch), STEPS)
+    with peer.corrected():
+        theirs, their_cache = peer.prefill(ids, peer.encode(tiles), grids, STEPS, static)
+        assert logits.std() > 0.5                                   # so that 1e-4 says something
+        torch.testing.assert_close(theirs, logits, **CLOSE)
+        for _ in range(STEPS):
+            tokens = logits.argmax(-1)
+            logits = ours.decode(tokens, cache)
+            torch.testing.assert_close(peer.decode(tokens, their_cache), logits, **CLOSE)
+    real, slots = sum(rows * columns for rows, columns in grids), 4 * len(grids)
+    assert peer.image_kv_bytes(their_cache) * real == cache.image_bytes() * slots
+
+
+def test_both_deviations_are_left_as_shipped(plain, draw):
+    """Each of them alone changes the numbers, and `corrected` leaves nothing behind."""
+    ours, peer = plain
+    grids, ids = [(1, 1)], prompts(ours.config, 1)
+    tiles = draw(grids, ours.config.vision)
+    logits, _ = ours.prefill(ids, [11], ours.encode([tiles]), 1)
+    shipped = peer.encode(tiles)
+    with peer.corrected():
+        states = peer.encode(tiles)
+        late_taps, _ = peer.prefill(ids, shipped, grids, 1)
+        corrected, _ = peer.prefill(ids, states, grids, 1)
+    leaky_rows, _ = peer.prefill(ids, states, grids, 1)
+    both, _ = peer.prefill(ids, shipped, grids, 1)
+    torch.testing.assert_close(corrected, logits, **CLOSE)
+    for wrong in late_taps, leaky_rows, both:
+        assert (wrong - logits).abs().max() > DIFFERENT
+    assert torch.equal(peer.encode(tiles), shipped) and not torch.equal(states, shipped)
+
+
+def test_the_same_memory(pair):
+    """Every parameter is ours, and nothing is left without memory."""
+    ours, peer = pair
+    held = {parameter.data_ptr(): parameter.shape for parameter in ours.parameters()}
+    theirs = list(peer.model.parameters())
+    assert {parameter.data_ptr(): parameter.shape for parameter in theirs} == held
+    assert len(theirs) == len(held)
+    assert not any(tensor.is_meta for tensor in [*theirs, *peer.model.buffers()])
+    assert {part._attn_implementation for part in (peer.model.config, peer.model.config.text_config,
+                                                   peer.model.config.vision_config)} == {"sdpa"}
+
+
+# ----- run as its own generate runs it
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_like_its_own_generate(plain, draw, monkeypatch, batch, static):
+    """The same logits, and in every step the very inputs that its generate gives."""
+    ours, peer = plain
+    grids, ids = [(1, 2)], prompts(ours.config, batch)
+    tiles, inputs = draw(grids, ours.config.vision), []
+    hook = peer.model.register_forward_pre_hook(lambda *call: inputs.append(call[2]), with_kwargs=True)
+    monkeypatch.setattr(peer, "eager", True)                # as its generate does on a CPU
+    logits = answer(peer, ids, peer.encode(tiles), grids, STEPS, static)
+    run, inputs[:] = inputs[:], []
+    peer.model.generation_config.eos_token_id = None                # or it may stop early
+    expected = peer.model.generate(
+        input_ids=ids, pixel_values=tiles.pixels[None].expand(batch, -1, -1, -1, -1, -1),
+        aspect_ratio_ids=torch.full((batch, 1), 2), aspect_ratio_mask=torch.tensor([[[1, 1, 0, 0]]] * batch),
+        cross_attention_mask=run[0]["cross_attention_mask"], max_new_tokens=STEPS + 1, do_sample=False,
+        return_dict_in_generate=True, output_logits=True, cache_implementation="static" if static else None)
+    hook.remove()
+    torch.testing.assert_close(logits, torch.stack(expected.logits), atol=1e-5, rtol=0)
+    assert len(run) == len(inputs) == STEPS + 1
+    pixels = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"}
+    seen = {name: value for name, value in given(inputs[0]).items() if name not in pixels}
+    assert {name: value for name, value in given(run[0]).items() if name != "cross_attention_states"} == seen
+    assert list(map(given, run[1:])) == list(map(given, inputs[1:]))
+    caches = [call[-1]["past_key_values"] for call in (run, inputs)]
+    assert type(caches[0]) is type(caches[1]) and caches[0] is not caches[1]
+    held = [[(type(layer), layer.keys.shape) for layer in cache.layers] for cache in caches]
+    assert held[0] == held[1]
+
+
+def given(call: dict) -> dict:
+    """The arguments of a pass that say something, the cache apart, in a form that compares."""
+    return {name: (value.tolist(), value.stride()) if isinstance(value, Tensor) else value
+            for name, value in call.items() if value is not None and name != "past_key_values"}
+
+
+def test_logits_of_the_last_row_only(plain, draw):
+    ours, peer = plain
+    tiles, shapes = draw([(1, 1)], ours.config.vision), []
+    hook = peer.model.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(args[0].shape))
+    logits, _ = peer.prefill(prompts(ours.config, 3), peer.encode(tiles), [(1, 1)], 1)
+    hook.remove()
+    assert shapes == [(3, 1, 32)] and logits.shape == (3, 60) and logits.dtype == torch.float32
+
+
+def test_images_of_their_own(plain, draw):
+    """A image for each row gives what each row gives alone."""
+    ours, peer = plain
+    ids, grids = prompts(ours.config, 2), [(1, 1)]
+    tiles = draw(grids * 2, ours.config.vision)
+    states = peer.encode(tiles)
+    both, _ = peer.prefill(ids, states, grids, 1)
+    for row in 0, 1:
+        alone, _ = peer.prefill(ids[row:row + 1], states[row:row + 1], grids, 1)
+        torch.testing.assert_close(both[row:row + 1], alone, atol=1e-5, rtol=0)
+    assert (both[0] - both[1]).abs().max() > DIFFERENT
+
+
+def test_one_graph(plain, draw, monkeypatch):
+    """The compiled step is one whole graph for any number of prompts of a shape, and says what eager says."""
+    ours, peer = plain
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list, mode: str):
+        graphs.append((graph, mode))
+        return graph.forward
+
+    default = CompileConfig()
+    assert (peer.compiling.mode, peer.compiling.backend) == (default.mode, default.backend)
+    monkeypatch.setattr(peer, "compiling", CompileConfig(fullgraph=peer.compiling.fullgraph, backend=backend,
+                                                         dynamic=peer.compiling.dynamic))
+    ids, grids = prompts(ours.config, 2), [(1, 1)]
+    states = peer.encode(draw(grids, ours.config.vision))
+    for text in ids, ids.flip(0):
+        compiled = answer(peer, text, states, grids, STEPS, static=True)
+        eager = answer(peer, text, states, grids, STEPS, static=False)
+        torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=0)
+        assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
+    assert [mode for _, mode in graphs] == ["reduce-overhead"]
+
+
+# ----- refused in one line
+
+
+@pytest.mark.parametrize(("package", "words"), [
+    (None, "which is missing"), (SimpleNamespace(__version__="5.17.3"), "transformers 5.17.3 is too old"),
+    (SimpleNamespace(__version__="4.57.1"), "is too old")], ids=["missing", "5.17.3", "4.57.1"])
+def test_without_transformers(randomise, monkeypatch, package, words):
+    ours = randomise(LlamaVision(SHAPES["plain"]), SHAPES["plain"].vision, seed=1)
+    monkeypatch.setitem(sys.modules, "transformers", package)
+    with pytest.raises(ValueError, match=words) as error:
+        Peer(ours)
+    assert "pip install" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_bad_input(plain, draw):
+    ours, peer = plain
+    ids, states = prompts(ours.config, 3), peer.encode(draw([(1, 1)] * 2, ours.config.vision))
+    for given_states, grids, words in ((states, [(1, 1)], "2 encoded images for 3 rows of 1"),
+                                       (states, [(1, 1)] * 2, "row 0 has 1 image tokens in its text but 2"),
+                                       (states[:0], [], "0 encoded images")):
+        with pytest.raises(ValueError, match=words) as error:
+            peer.prefill(ids, given_states, grids, 1)
+        assert "\n" not in str(error.value)
+
+
+def test_a_first_layer_that_looks_is_refused(randomise):
+    """Its masks are as long as the cache of the first layer, there the image's."""
+    config = Config(SHAPES["plain"].vision, replace(TEXT, cross_attention_layers=(0, 3)), 60)
+    with pytest.raises(ValueError, match="cannot decode where the first layer is a cross-attention layer"):
+        Peer(LlamaVision(config))
+
+
+def test_encode_takes_images_of_all_grids(plain, draw):
+    """Side by side as alone, and all their tile slots."""
+    ours, peer = plain
+    tiles = draw([(1, 1), (2, 2), (1, 3)], ours.config.vision)
+    states = peer.encode(tiles)
+    assert states.shape == (3, 4 * 5, 32)
+    alone = peer.encode(Tiles(tiles.pixels[1:2], tiles.grid[1:2]))
+    torch.testing.assert_close(states[1:2], alone, atol=1e-5, rtol=0)

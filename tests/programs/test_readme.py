@@ -1,0 +1,265 @@
+"""The README says what is true: its line counts, links, commands, answers and figures."""
+import ast
+import io
+import json
+import re
+import shlex
+import tokenize
+from pathlib import Path
+
+import pytest
+
+import generate
+from benchmarks.tables import milliseconds
+from pruning import METHODS, Pruner, hooks, load
+from report import size
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ROWS = re.findall(r"^\| ((?:\[[\w./]+\]\([\w./]+\),? ?)+) \| (\d+) \|", README, re.M)
+READING = [(tuple(re.findall(r"\]\(([\w./]+)\)", cell)), lines) for cell, lines in ROWS]
+EXAMPLES = re.findall(r"^\| \[?`?(examples/[\w.]+)`?[^|]*\| ([^|]+) \| ([^|]+) \|$", README, re.M)
+ROOMS = "model", "pruning", "weights", "scenes", "benchmarks"
+SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in (ROOT / room).glob("*.py"))]
+
+
+def test_readme_is_at_most_200_lines():
+    assert len(README.splitlines()) <= 200
+
+
+def files_of(names: tuple[str, ...]) -> list[Path]:
+    """The files of a row of the reading table: those that it names, by name or by folder."""
+    return [path for path in SOURCES if path.name != "__init__.py" and {
+        path.relative_to(ROOT).as_posix(), path.parent.relative_to(ROOT).as_posix() + "/"} & {*names}]
+
+
+def test_reading_table_names_every_file():
+    named = [path for names, _ in READING for path in files_of(names)]
+    assert sorted(named) == sorted(path for path in SOURCES if path.name != "__init__.py")
+
+
+@pytest.mark.parametrize(("names", "lines"), READING)
+def test_line_counts(names, lines):
+    count = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files_of(names))
+    assert count == int(lines) > 0
+
+
+PAGES = "README.md", "CONTRIBUTING.md", "pruning/README.md", "benchmarks/README.md"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    rooms = "model|pruning|weights|scenes|tests|examples|results|benchmarks"
+    targets = [ROOT / target for target in re.findall(rf"`((?:{rooms})/[\w./]*)`", text)]
+    targets += [(ROOT / page).parent / target for target in re.findall(r"\]\(([^)#]+)", text)
+                if not target.startswith("https://")]
+    for target in targets:
+        assert target.exists(), target
+
+
+def test_at_least_six_examples():
+    assert len({image for image, _, _ in EXAMPLES}) >= 6
+
+
+@pytest.fixture(scope="module")
+def assistant():
+    return generate.Assistant("tiny")
+
+
+@pytest.mark.parametrize(("image", "question", "answer"), EXAMPLES)
+def test_example_answers(assistant, image, question, answer):
+    look = assistant.look([generate.open_image(ROOT / image)])
+    said = assistant.ask([generate.messages(question, 1)], look, 64)
+    assert assistant.tokenizer.decode(said.tokens[0]) == answer
+
+
+def commands():
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.S)
+    parts = [part.strip() for block in blocks for line in block.splitlines() for part in line.split("&&")]
+    return [shlex.split(part) for part in parts if part]
+
+
+def test_setup_and_test_commands_are_those_of_ci():
+    line = "pip install -e '.[test]' && pytest"
+    assert line in README
+    assert line in (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+
+
+def test_main_command_answers(monkeypatch, capsys):
+    mains = [c for c in commands() if c[:2] == ["python", "generate.py"] and "--model" not in c]
+    assert mains
+    monkeypatch.chdir(ROOT)
+    for command in mains:
+        monkeypatch.setattr("sys.argv", command[1:])
+        generate.main()
+        out = capsys.readouterr().out.strip()
+        assert out and f"{out}\n" in README
+
+
+def test_accuracy_is_that_of_the_stored_evaluation():
+    figures = json.loads((ROOT / "weights" / "tiny" / "accuracy.json").read_text(encoding="utf-8"))
+    expected = {**figures["accuracy_by_kind"], "mean": figures["mean_over_kinds"]}
+    shares = [f"{100 * share:.1f}" for share in expected.values()]
+    assert rows_of(README, next(iter(expected))) == [list(expected), shares]
+    assert figures["questions"] == 2000
+
+
+def rows_of(page: str, corner: str) -> list[list[str]]:
+    """The cells of the table whose upper left one is this."""
+    table = re.search(rf"^\| {re.escape(corner)} \|.*\n\|[-|]+\|\n((?:\|.*\n)+)", page, re.M).group(0)
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    return [rows[0], *rows[2:]]
+
+
+@pytest.mark.parametrize(("page", "name", "corner"), [
+    ("README.md", "scenes.json", "`--keep`"), ("pruning/README.md", "scenes.json", "`--keep`"),
+    ("pruning/README.md", "scenes_first_layer.json", "`full_layers=0`, `--keep`"),
+    ("pruning/README.md", "all.json", "all methods, `--keep`")])
+def test_pruning_tables_are_those_of_the_stored_evaluations(page, name, corner):
+    (_, *keeps), *lines = rows_of((ROOT / page).read_text(encoding="utf-8"), corner)
+    made, expected = json.loads((ROOT / "evaluation" / "results" / name).read_text(encoding="utf-8")), {}
+    assert made["questions"] == 2000
+    for row in made["rows"][1:]:
+        assert ("full_layers" in row["options"]) == ("full_layers=0" in corner)
+        cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
+        expected[row["method"], f"{row['keep']:g}"] = cell
+    assert len(keeps) >= 6 and len(expected) == len(keeps) * len(lines)
+    for method, *cells in lines:
+        assert cells == [expected[method, keep] for keep in keeps]
+
+
+MEASURED = (ROOT / "pruning" / "README.md").read_text(encoding="utf-8")
+
+
+def stored(name: str) -> dict:
+    return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+def percent(*shares: float) -> list[str]:
+    return [f"{100 * share:.1f}" for share in shares]
+
+
+def test_the_table_of_methods_is_the_registry():
+    _, *lines = rows_of(MEASURED, "method | paper")
+    expected = [[f"[{name}]({name}.py)", method.paper or "-", ", ".join(hooks(method))]
+                for name, method in METHODS.items() if method is not Pruner]
+    assert [line[:3] for line in lines] == expected
+
+
+def test_the_table_of_costs_is_that_of_the_stored_measurements():
+    _, *lines = rows_of(MEASURED, "method | tiny: prefill")
+    both = [stored(f"benchmarks/results/cpu-{name}-methods.json")["methods"]
+            for name in ("tiny", "11b-slice")]
+    assert [line[0] for line in lines] == [row["method"] for row in both[0]] == list(METHODS)
+    for line, *rows in zip(lines, *both, strict=True):
+        cells = []
+        for row, (whole, *_) in zip(rows, both, strict=True):
+            for name in "prefill_ms", "token_ms":
+                more = milliseconds(row[name] - whole[name], "+")
+                cells.append(milliseconds(row[name]) if row is whole else more)
+            cells += [size(row["stored_bytes"]), size(row["read_bytes"])]
+        assert line[1:] == cells
+
+
+def test_the_tables_of_single_methods_are_those_of_the_stored_figures():
+    _, *lines = rows_of(MEASURED, "`--keep` of mint")
+    sharp, blurred = (stored(f"evaluation/results/{name}.json")["rows"]
+                      for name in ("exists", "exists_blurred"))
+    pairs = zip(sharp, blurred, strict=True)
+    assert [line[1:] for line in lines] == [
+        percent(*(row[name] for row in pair for name in ("wrong_yes", "accuracy"))) for pair in pairs]
+    for threshold, *cells in rows_of(MEASURED, "`threshold`")[1:]:
+        row = stored(f"evaluation/results/early_exit_{threshold}.json")["rows"][1]
+        assert row["options"] == {"threshold": float(threshold)} and row["keep"] == 0.25
+        assert cells == percent(row["early"], row["accuracy"])
+    learned = stored("weights/learned/attention_predictor.json")["recall"]
+    assert rows_of(MEASURED, "blocks of")[1:] == [
+        [str(row["block"]), f"{row['share']:g}",
+         *percent(row["cnn"], row["last"], row["mean"], row["chance"])] for row in learned]
+    right = stored("weights/learned/quecc.json")["accuracy"]
+    assert [line[1:] for line in rows_of(MEASURED, "tokens a tile")[1:]] == [
+        percent(right["whole"], right[f"{kind}_16"], right[f"{kind}_4"]) for kind in ("pool", "trained")]
+
+
+def test_the_method_in_the_readme_runs(tmp_path, assistant):
+    source = re.search(r"```python\n(.*?)```", README, re.S).group(1)
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    assert code_lines(tmp_path / "mine.py") < 10
+    mine = load(f"{tmp_path / 'mine.py'}:Mine", keep=0.2)
+    look = assistant.look([generate.open_image(ROOT / "examples" / "shapes.png")])
+    said = assistant.ask([generate.messages("What is written on the circle?", 1)], look, 8, pruner=mine)
+    assert said.kept == [[200, 40, 40]]
+
+
+def test_imports_run_one_way():
+    rooms = {*ROOMS, *(path.stem for path in ROOT.glob("*.py"))}
+    allowed = {"model": {"model"}, "weights": {"model", "weights"}, "": rooms - {"evaluate", "benchmark"},
+               "pruning": {"model", "pruning", "weights"},
+               "scenes": {"model", "pruning", "weights", "scenes"},
+               "benchmarks": {"model", "pruning", "weights", "report", "benchmarks"}}
+    for path in SOURCES:
+        room = path.parent.relative_to(ROOT).as_posix().strip(".")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [])
+            used = {name.split(".")[0] for name in names} & rooms
+            assert used <= allowed[room], (path, used)
+
+
+def test_no_import_circle_inside_a_room():
+    """Files that import none of their neighbours are taken away until nothing is left."""
+    for room in (*ROOMS, ""):
+        imports, prefix = {}, room and f"{room}."
+        for path in (ROOT / room).glob("*.py"):
+            tree = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            modules = [node.module or "" for node in tree if isinstance(node, ast.ImportFrom)]
+            imports[path.stem] = {m.removeprefix(prefix) for m in modules if m.startswith(prefix)}
+        while free := [name for name, needs in imports.items() if not needs & imports.keys()]:
+            for name in free:
+                del imports[name]
+        assert not imports, imports
+
+
+def code_lines(path: Path) -> int:
+    """Lines of a file that hold code: no comments, no docstrings, no blank lines."""
+    source = path.read_text(encoding="utf-8")
+    documented = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+            documented |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    blank = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+             tokenize.ENDMARKER}
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    lines = {line for token in tokens if token.type not in blank
+             for line in range(token.start[0], token.end[0] + 1)}
+    return len(lines - documented)
+
+
+LINES = {"random": 12, "fastv": 30, "trimmed_llama": 40, "sgl": 150, "quecc": 150, "attention_predictor": 150}
+
+
+@pytest.mark.parametrize("method", list(METHODS)[1:])
+def test_a_method_is_short_and_stands_alone(method):
+    path = ROOT / "pruning" / f"{method}.py"
+    assert 5 < code_lines(path) <= LINES.get(method, 60)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.module.rpartition(".")[2] not in METHODS
+
+
+def test_nobody_asks_which_method_it_is():
+    names = {kind.__name__ for kind in METHODS.values() if kind is not Pruner}
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("isinstance", "issubclass"):
+                assert not names & {leaf.id for leaf in ast.walk(node) if isinstance(leaf, ast.Name)}, path
+
+
+def test_sizes_of_model_files_and_functions():
+    for path in [*(ROOT / "model").glob("*.py"), *(ROOT / "pruning").glob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 300, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
