@@ -89,7 +89,7 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
         if rows and pruner.keeps_all:                   # as the first one, which was asked already
             rows.append(rows[0])
             continue
-        shrinks = "images" in hooks(type(pruner)) and not pruner.keeps_all
+        shrinks = "preprocess" in hooks(type(pruner)) and not pruner.keeps_all
         image = assistant.look(drawn, pruner) if shrinks else whole
         answer = assistant.ask(turns, image, MAX_NEW_TOKENS, pruner=pruner)
         texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]

@@ -45,7 +45,7 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
              decode: Callable[[Tensor, Cache], Tensor] | None = None) -> Answer:
     """Continue every prompt to a stop token or `max_new_tokens`; each new token goes to `emit(row, token)`.
 
-    `image` is what `model.encode` made of the pictures; `decode` is `model.decode` if not given, or Compiled
+    `image` is what `model.encode` made of the images; `decode` is `model.decode` if not given, or Compiled
     of it. Raises ValueError where a prompt does not fit in, or the pruner's options do not fit the model.
     """
     lengths = [len(prompt) for prompt in prompts]
@@ -128,13 +128,13 @@ class Assistant:
             self.decode = Compiled(self.model.decode, device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
-    def look(self, pictures: list[Image.Image], pruner: Pruner | None = None,
+    def look(self, images: list[Image.Image], pruner: Pruner | None = None,
              vision: bool = False) -> EncodedImages:
-        """Encode RGB pictures, once for any number of questions; the pruner may shrink them first. What the
+        """Encode RGB images, once for any number of questions; the pruner may shrink them first. What the
         encoder knows beside is kept where it needs that, or with `vision`."""
-        whole = self.processor(pictures)
+        whole = self.processor(images)
         pruner = Pruner() if pruner is None or pruner.keeps_all else pruner
-        tiles = pruner.pictures(pictures, self.processor)                       # hook 0
+        tiles = pruner.preprocess(images, self.processor)                       # hook 0
         clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
             tokens = self.model.encode([tiles], vision or "vision" in pruner.needs)
@@ -146,7 +146,7 @@ class Assistant:
             sampler: Sampler = GREEDY, date: str | None = None,
             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
             ) -> Answer:
-        """Answer the last turn of each conversation about one picture (or several pictures, or none).
+        """Answer the last turn of each conversation about one picture (or several images, or none).
 
         A pruner works on the picture anew each time: what one question leaves out, the next may need.
         """
@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
 
 def arguments() -> argparse.Namespace:
     parser = Parser(prog="python generate.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Ask Llama-3.2-Vision about pictures; no --prompt on a terminal: a chat.",
+                    description="Ask Llama-3.2-Vision about images; no --prompt on a terminal: a chat.",
                     usage="%(prog)s [--image PATH]... [--prompt TEXT]... [options]", epilog=EXAMPLES)
     add = parser.add_argument
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
@@ -220,13 +220,13 @@ def command(args: argparse.Namespace):
     chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
     if chatting and args.json:
         raise ValueError("--json needs a --prompt: a chat is for people")
-    pictures = [open_image(path) for path in args.image]
-    prompts = args.prompt or ([] if chatting else [piped_prompt(bool(pictures))])
+    images = [open_image(path) for path in args.image]
+    prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images))])
     if args.save_map is not None:
-        check_map(Path(args.save_map), len(prompts), len(pictures))
+        check_map(Path(args.save_map), len(prompts), len(images))
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
-    picture = assistant.look(pictures, pruner)
+    picture = assistant.look(images, pruner)
     if args.compile:
         assistant.warm_up(max(1, len(prompts)), picture)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
@@ -236,16 +236,16 @@ def command(args: argparse.Namespace):
     answer_all(args, assistant, picture, sampler, pruner, prompts)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
-        drawn = draw(pictures, assistant.processor, pruner, str(pruner))
+        drawn = draw(images, assistant.processor, pruner, str(pruner))
         try:
             drawn.save(args.save_map)
         except OSError as error:
             raise ValueError(f"--save-map: {error}") from None
 
 
-def check_map(path: Path, prompts: int, pictures: int):
+def check_map(path: Path, prompts: int, images: int):
     """Raise ValueError where no map can be drawn or written."""
-    if prompts != 1 or not pictures:
+    if prompts != 1 or not images:
         raise ValueError("--save-map draws one answer about a picture: give --image and one --prompt")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--save-map {path}: name a file that ends in .png, .jpg or .webp")
@@ -297,7 +297,7 @@ def answer_all(args: argparse.Namespace, assistant: Assistant, picture: EncodedI
 
 def chat(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages, sampler: Sampler,
          pruner: Pruner | None):
-    """Questions and answers until the input ends; all see the pictures, which were encoded once."""
+    """Questions and answers until the input ends; all see the images, which were encoded once."""
     say_model(args.model)
     say("Ask; an empty line or Ctrl-D ends.")
     history = [] if args.system is None else [{"role": "system", "content": args.system}]

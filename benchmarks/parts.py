@@ -51,7 +51,7 @@ class Bench:
         say(f"tiles {tiles}: encode")
         picture = self.look(tiles)
         if self.args.preset is None:
-            made["rows"] += self.pictures(picture)
+            made["rows"] += self.images(picture)
         if self.peer is not None:
             made["equal"].append(self.difference(picture))
         for batch in self.args.batch:

@@ -1,4 +1,4 @@
-"""What is measured: a real model or a random one of any shape, whole or a slice, pictures and prompts for it.
+"""What is measured: a real model or a random one of any shape, whole or a slice, images and prompts for it.
 
 A slice of N layers keeps the first N decoder layers as they are, cross-attention where the shape has it, and
 at most two local and two global vision layers, every local one tapped. So `--layers 5` of 11b
@@ -112,7 +112,7 @@ class Subject:
         shape = rows * side, columns * side, 3
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
         picture = Image.frombytes("RGB", (shape[1], shape[0]), bytes(noise.flatten().tolist()))
-        tiles = pruner.images([picture], ImageProcessor(
+        tiles = pruner.preprocess([picture], ImageProcessor(
             side, max_tiles=vision.max_num_tiles, canvases=vision.supported_aspect_ratios))
         return Tiles(tiles.pixels.to(self.device, self.dtype), tiles.grid)
 
@@ -206,7 +206,7 @@ def grid_of(vision: VisionConfig, count: int) -> Grid:
     grids = [grid for grid in vision.supported_aspect_ratios if grid[0] * grid[1] == count]
     if not grids:
         able = sorted({rows * columns for rows, columns in vision.supported_aspect_ratios})
-        raise ValueError(f"--tiles {count}: this model has pictures of {', '.join(map(str, able))} tiles")
+        raise ValueError(f"--tiles {count}: this model has images of {', '.join(map(str, able))} tiles")
     return min(grids, key=lambda grid: (max(grid), grid))
 
 

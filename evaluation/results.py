@@ -1,6 +1,6 @@
 """What becomes of the answers of an evaluation: rows with error bands, files, a table, a curve.
 
-    records of `evaluate.examine`, one a image ── figures ─► the JSON of `--json` ─┬─ table ─► text
+    records of `evaluate.examine`, one an image ── figures ─► the JSON of `--json` ─┬─ table ─► text
               └─► FILE.part                                                          └─ plot ──► a drawing
 
 A band says how far the questions decide: it is a paired bootstrap against the full model. Images, with all

@@ -1,6 +1,6 @@
 """The vision encoder: Tiles in, one feature vector a patch out.
 
-A image is up to four tiles, and all of them are one sequence: 32 local and 8 gated global layers attend
+An image is up to four tiles, and all of them are one sequence: 32 local and 8 gated global layers attend
 across tiles. (Local is Meta's name for them; only gates and position embeddings differ.) The output joins the
 final state with the states that entered five of the local layers. Two traps of the original are kept exactly:
 
@@ -8,7 +8,7 @@ final state with the states that entered five of the local layers. Two traps of 
   8, are seen by real patches; only a padding query looking at a padding key is masked.
 * Tapped features are interleaved: channel d of tap k stands at d·5 + k.
 
-All padding tiles of a image are identical at every layer, and so are the zero tokens of a tile. Each is
+All padding tiles of an image are identical at every layer, and so are the zero tokens of a tile. Each is
 computed once and its key counted as often as it occurs: the same numbers without a mask, and less than half
 the work for one tile. I images, t tiles that are computed, P tokens a tile (class token first), D width.
 """
@@ -82,7 +82,7 @@ class VisionEncoder(nn.Module):
         return all(bool((rows == rows[0]).all()) for rows in unused)
 
     def flops(self, grid: tuple[int, int]) -> int:
-        """Floating-point operations to encode a image, two for a multiply-add; norms not counted."""
+        """Floating-point operations to encode an image, two for a multiply-add; norms not counted."""
         c, real = self.config, grid[0] * grid[1]
         tiles = min(real + 1, c.max_num_tiles)
         rows, seeing = tiles * (c.tokens_per_tile + 1), real * c.tokens_per_tile

@@ -25,7 +25,7 @@ from model.cache import TextKV
 from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles, each_image
 from weights.images import ImageProcessor
 
-HOOKS = ("images", "encoded", "answered", "text_layer", "layer", "prefilled", "stepped", "text_cache",
+HOOKS = ("preprocess", "encoded", "answered", "text_layer", "layer", "prefilled", "stepped", "text_cache",
            "logits")
 
 
@@ -53,7 +53,7 @@ class Pruner:
     def __init_subclass__(cls):
         cls.name = vars(cls).get("name", cls.__name__.lower())
 
-    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
+    def preprocess(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
         """0, before the encoder: fewer or smaller tiles."""
         return processor(images)
 

@@ -50,8 +50,8 @@ class Recorder(Pruner):
     def __str__(self) -> str:
         return self.words
 
-    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
-        self.tiles = self.inner.images(images, processor)
+    def preprocess(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
+        self.tiles = self.inner.preprocess(images, processor)
         return self.tiles
 
     def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:

@@ -1,11 +1,11 @@
-"""A image of what a pruner kept, or of where the prompt looks, over the image as the model saw it.
+"""An image of what a pruner kept, or of where the prompt looks, over the image as the model saw it.
 
     Recorder(pruner) ── generate ─► Recorder.image, .kvs, .mass ── kept_map, attention_map ─► a PIL image
 
 The image is rebuilt from the Tiles that the encoder read, black padding and all, so that every patch stands
 where the model saw it: `place` says image, tile, row and column. A class token has no place in its tile, and
 is counted instead. Only batch row 0 is drawn. n tokens, P patches along a tile's side, H x W pixels; a map is
-[rows · P, columns · P], a number for every patch of a image.
+[rows · P, columns · P], a number for every patch of an image.
 """
 import math
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from weights.images import ImageProcessor
 DIM, DARK = 0.75, (48, 48, 56)              # how far a dropped patch goes towards this colour
 OUTLINE, BORDER = (255, 255, 255), (64, 160, 255)                       # of what is kept; between tiles
 WARM = ((0, 0, 0), (96, 12, 32), (224, 84, 16), (255, 200, 40), (255, 255, 224))        # none to most
-LEAST, GAP, TEXT, HEADING = 560, 16, 15, 17         # pixels; LEAST of a image's longer side, and the width
+LEAST, GAP, TEXT, HEADING = 560, 16, 15, 17         # pixels; LEAST of an image's longer side, and the width
 
 
 def kept_map(images: list[Image.Image], processor: ImageProcessor, recorder: Recorder,
@@ -83,7 +83,7 @@ def attention_map(images: list[Image.Image], processor: ImageProcessor, recorder
         *remarks(views, len(images))])
 
 
-# ----- a image as the encoder read it
+# ----- an image as the encoder read it
 
 
 @dataclass
@@ -148,7 +148,7 @@ def look(images: list[Image.Image], processor: ImageProcessor, recorder: Recorde
          sets: list[Tensor]) -> list[View]:
     """A View of each image that any of these sets of places [n, 4] is in."""
     if not any(map(len, sets)):
-        raise ValueError("there is no map to draw: ask about a image first, for the attention with "
+        raise ValueError("there is no map to draw: ask about an image first, for the attention with "
                          "Recorder(pruner, attention=True); a smaller model's answer leaves none")
     whole, coords = processor(images), coords_of(recorder.image)[0]
     tiles, seen = whole if recorder.tiles is None else recorder.tiles, int(coords[:, 0].max()) + 1
@@ -182,7 +182,7 @@ def coords_of(tokens: ImageTokens | ImageKV) -> list[Tensor]:
 
 
 def canvas(tiles: Tiles, image: int, processor: ImageProcessor) -> Tensor:
-    """A image as the encoder read it, [H, W, 3] fp32 in 0 to 255, enlarged by a whole factor."""
+    """An image as the encoder read it, [H, W, 3] fp32 in 0 to 255, enlarged by a whole factor."""
     rows, columns = tiles.grid[image].tolist()
     x = rearrange(tiles.pixels[image, :rows * columns].cpu().float(), "(r c) k h w -> (r h) (c w) k", r=rows)
     if processor.do_normalize:

@@ -60,7 +60,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a image depends on; it measures width x height pixels, at most columns x rows of tiles."""
+    """All that an image depends on; it measures width x height pixels, at most columns x rows of tiles."""
     rows: int
     columns: int
     width: int

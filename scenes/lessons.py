@@ -1,6 +1,6 @@
 """Scenes as training batches: tiles, conversations in the Llama-3 chat format, and what each patch shows.
 
-A image carries one conversation of several questions, as a person would ask them, so one encoding of the
+An image carries one conversation of several questions, as a person would ask them, so one encoding of the
 image teaches them all. The labels of the patches serve a small extra loss during training and are no part
 of the model. Shapes: P images in a batch, T text tokens, N image tokens.
 """
@@ -17,7 +17,7 @@ from scenes.questions import Question, questions
 from scenes.tiny import IMAGE_TOKEN, PATCH, TILE
 from weights.images import ImageProcessor, fit
 
-TURNS = 7           # questions a image carries, as far as they fit into the text
+TURNS = 7           # questions an image carries, as far as they fit into the text
 SHAPE_LABELS = ("nothing", *SHAPES, "sign")
 COLOUR_LABELS = ("none", *COLOURS)
 CHARACTER_LABELS = ("none", *CHARACTERS)

@@ -1,4 +1,4 @@
-"""A image becomes Tiles: the first step of the data flow, image -> Tiles -> `vision.py`.
+"""An image becomes Tiles: the first step of the data flow, image -> Tiles -> `vision.py`.
 
 `open_picture` takes a file, bytes or a PIL image and gives an upright RGB image, or refuses it in one line.
 `ImageProcessor` chooses a canvas of 1 to 4 square tiles, resizes the image to fit it, pads it at the bottom
@@ -39,7 +39,7 @@ def choose_canvas(height: int, width: int, tile: int, ratios: tuple[Grid, ...]) 
 
 
 def fit(height: int, width: int, grid: Grid, tile: int) -> tuple[int, int]:
-    """The height and width in pixels to give a image, in its own shape, inside a canvas of `grid` tiles.
+    """The height and width in pixels to give an image, in its own shape, inside a canvas of `grid` tiles.
 
     A small image grows only until its longer side fills one tile, whatever the canvas.
     """
@@ -200,7 +200,7 @@ def _name(source) -> str:
     if isinstance(source, (bytes, bytearray)):
         return "the image's bytes"
     if not isinstance(source, (str, os.PathLike, Image.Image)):
-        raise ValueError(f"a image is a path, bytes or a PIL image, not {type(source).__name__}")
+        raise ValueError(f"an image is a path, bytes or a PIL image, not {type(source).__name__}")
     path = getattr(source, "filename", "") if isinstance(source, Image.Image) else os.fspath(source)
     return (path if isinstance(path, str) and path.isprintable() else repr(path)) or "the image"
 
@@ -209,7 +209,7 @@ def _read(name: str, source) -> bytes:
     try:
         data = source if isinstance(source, (bytes, bytearray)) else Path(os.fsdecode(source)).read_bytes()
     except (OSError, ValueError) as error:              # ValueError: a zero byte in the path
-        remedy = {FileNotFoundError: "no such file; give the path of a image on this machine",
+        remedy = {FileNotFoundError: "no such file; give the path of an image on this machine",
                   IsADirectoryError: "a folder; name one image inside it",
                   PermissionError: "no permission to read it; change its permissions or copy it"}
         raise ValueError(f"{name}: {remedy.get(type(error), f'{_one_line(error)}; check it')}") from None
@@ -220,7 +220,7 @@ def _read(name: str, source) -> bytes:
 
 @contextmanager
 def _decoding(name: str) -> Iterator[None]:
-    """Turns whatever Pillow raises while it reads a image into one line."""
+    """Turns whatever Pillow raises while it reads an image into one line."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")         # remarks on odd metadata; what matters raises
         warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -229,7 +229,7 @@ def _decoding(name: str) -> Iterator[None]:
         except (Image.DecompressionBombWarning, Image.DecompressionBombError):
             raise ValueError(f"{name}: over {Image.MAX_IMAGE_PIXELS} pixels; make it smaller first") from None
         except UnidentifiedImageError:
-            raise ValueError(f"{name}: not a image; give a PNG, JPEG or WebP file") from None
+            raise ValueError(f"{name}: not an image; give a PNG, JPEG or WebP file") from None
         except Exception as error:              # decoders raise nearly anything on damaged data
             raise ValueError(f"{name}: damaged, cut off or of an odd kind ({_one_line(error)}); "
                              "save it again as an RGB PNG or JPEG") from None

@@ -1,7 +1,7 @@
 """Fewer tiles: the image is resized to a smaller canvas before it is encoded.
 
 The honest cheap alternative to dropping tokens: it saves the encoder's work as well, and all that is lost is
-sharpness. `keep` is a share of the image's tiles; whole tiles are kept, at least one, so that a image of
+sharpness. `keep` is a share of the image's tiles; whole tiles are kept, at least one, so that an image of
 one tile stays as it is.
 """
 import math
@@ -25,7 +25,7 @@ class Downsample(Pruner):
         if not isinstance(self.keep, float):
             raise ValueError(f"downsample: keep is {self.keep}, but must be a fraction: it keeps whole tiles")
 
-    def images(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
+    def preprocess(self, images: list[Image.Image], processor: ImageProcessor) -> Tiles:
         parts = [processor([])]
         for image in images:
             whole = processor([image])

@@ -49,7 +49,7 @@ from weights import load_model
 class SGL(SelectOnce):
     """Keeps what a small model looked at while it answered; may return that answer instead.
 
-    Of the last prompts with a image among them, by row: `guide_answers` are the small model's tokens, and
+    Of the last prompts with an image among them, by row: `guide_answers` are the small model's tokens, and
     where there is a threshold, `confidence` is S. Text alone has an empty answer and None.
     """
     keep: float | int = 0.4

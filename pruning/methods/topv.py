@@ -61,7 +61,7 @@ class TopV(Pruner):
     iterations: int = 3
     mode: Literal["partial", "one_sided", "balanced"] = "partial"
     stride: int = 4                                 # of the dropped, every so manyth is put back; 0: none
-    scope: Literal["canvas", "tile"] = "canvas"     # one problem for a image, or one for each tile
+    scope: Literal["canvas", "tile"] = "canvas"     # one problem for an image, or one for each tile
     paper, needs = "Yang et al. 2025, arXiv 2503.18278", ("vision",)
 
     def __post_init__(self):

@@ -45,7 +45,7 @@ def scenes(plain) -> list[tuple[EncodedImages, list[list[dict]]]]:
 
 
 def pruners(image: int) -> list[Pruner]:
-    """Every method, at one keep ratio for a image and at another one for the next."""
+    """Every method, at one keep ratio for an image and at another one for the next."""
     return [load(name, keep=1.0 if name == "none" else KEEPS[image % 2]) for name in METHODS]
 
 
@@ -70,7 +70,7 @@ def test_every_method_gives_the_same_tokens_from_one_graph(plain, compiled, scen
                 expected = plain.ask(turns[:1], image, 24, pruner=pruner)
                 assert compiled.ask(turns[:1], image, 24, pruner=pruner).tokens == expected.tokens
 
-    def ask_without_a_image():
+    def ask_without_an_image():
         image = compiled.look([])
         turns = [messages(f"What is {word}?") for word in ("red", "a star", "this")]
         assert compiled.ask(turns, image, 9).tokens == plain.ask(turns, image, 9).tokens
@@ -79,7 +79,7 @@ def test_every_method_gives_the_same_tokens_from_one_graph(plain, compiled, scen
     torch._dynamo.reset()
     assert graphs_made_by(ask_everything) == 1                              # for any number of rows but one
     assert graphs_made_by(ask_alone) == 1
-    assert graphs_made_by(ask_without_a_image) == 1
+    assert graphs_made_by(ask_without_an_image) == 1
     assert graphs_made_by(lambda: ask_everything(2)) == 0
 
 

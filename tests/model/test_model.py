@@ -123,7 +123,7 @@ def test_a_text_row_of_a_mixed_batch_is_that_of_a_text_model(network, draw):
         assert torch.equal(seeing[1], blind[1]) and not torch.equal(seeing[0], blind[0])
 
 
-def test_a_image_does_not_reach_the_text_before_it_or_after_the_next(network, draw):
+def test_an_image_does_not_reach_the_text_before_it_or_after_the_next(network, draw):
     """Two images apart: the second changes nothing before it, and the first is out of sight after it."""
     ids = torch.tensor([[5, IMAGE, 6, 7, IMAGE, 8, 9]])
     a, b = draw([(1, 2)], CONFIG.vision, 1), draw([(1, 1)], CONFIG.vision, 2)

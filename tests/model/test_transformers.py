@@ -94,7 +94,7 @@ class Batch:
 def random_batch(config: Config, seed: int, draw) -> Batch:
     """One to four rows with up to three images each, anywhere in the text, side by side or apart.
 
-    One row at least has a image, and the first image's ratio goes round with the seed.
+    One row at least has an image, and the first image's ratio goes round with the seed.
     """
     choose = random.Random(seed)
     ratios, image = config.vision.supported_aspect_ratios, config.image_token_index

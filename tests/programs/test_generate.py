@@ -46,7 +46,7 @@ def drawn(width: int, height: int) -> Image.Image:
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory) -> str:
-    """The path of a image of two tiles."""
+    """The path of an image of two tiles."""
     path = tmp_path_factory.mktemp("images") / "wide.png"
     drawn(224, 112).save(path)
     return str(path)
@@ -131,7 +131,7 @@ def test_a_batch_of_different_images_and_none(assistant, sampler):
 
 
 def run_script(assistant: Assistant, script: Script, max_new_tokens: int, stop_ids: tuple[int, ...]):
-    """What a script makes of prompts without a image: the answer and what was emitted."""
+    """What a script makes of prompts without an image: the answer and what was emitted."""
     emitted = []
     prompts = [assistant.tokenizer.encode(messages("Hm?"))] * len(script.rows)
     answer = generate(assistant.model, prompts, None, max_new_tokens, stop_ids, script,
@@ -345,7 +345,7 @@ def test_the_answer_alone_is_on_stdout(run, wide):
                         r"peak memory [\d.]+ [MG]B", speed)
 
 
-def test_without_a_image_there_is_no_line_about_it(run, asked):
+def test_without_an_image_there_is_no_line_about_it(run, asked):
     out, err = run("--prompt", "What is a star?", "--max-new-tokens", "3")
     assert out.endswith("\n") and "image" not in err and "tok/s" in err
     assert "<|image|>" not in asked[0][0] and "What is a star?" in asked[0][0]
@@ -368,7 +368,7 @@ def test_json_is_one_object_with_exactly_these_keys(run, wide):
     assert data["tokens_per_second"] >= 0 and data["peak_memory_bytes"] > 10_000_000
 
 
-def test_json_without_a_image(run):
+def test_json_without_an_image(run):
     data = json.loads(run("--prompt", "What is a star?", "--max-new-tokens", "2", "--json")[0])
     assert set(data) == JSON_KEYS
     assert data["image_tokens"] == {"slots": 0, "real": 0, "kept": 0} and data["image_kv_bytes"] == 0
@@ -428,7 +428,7 @@ def test_a_prompt_can_be_piped(run, asked, wide):
     assert asked[0] == asked[1] and "Not this" not in asked[1][0]
 
 
-def test_a_image_alone_is_described(run, asked, wide):
+def test_an_image_alone_is_described(run, asked, wide):
     run("--image", wide, "--max-new-tokens", "1", stdin="")
     run("--image", wide, "--max-new-tokens", "1", "--prompt", "Describe the picture.")
     assert asked[0] == asked[1]

@@ -152,7 +152,7 @@ def tensors(value) -> Iterator[Tensor]:
 
 
 def test_peak_bytes_of_the_11b_model():
-    """A 512-token prompt about a image of four tiles: 32 query heads, 8 key/value heads, 6,404 tokens."""
+    """A 512-token prompt about an image of four tiles: 32 query heads, 8 key/value heads, 6,404 tokens."""
     assert peak_bytes(32, 8, 6404, 128) < 150e6
     assert rows_at_once(32, 6404) == 2 ** 25 // (32 * 6404 * 4) == 40
 

@@ -291,7 +291,7 @@ def test_in_a_mixed_batch_each_row_is_on_its_own(update, small, ask, masked):
 
 
 def test_a_new_answer_starts_anew(small, ask):
-    """After a image with other tokens and a batch of another size, as from a new one."""
+    """After an image with other tokens and a batch of another size, as from a new one."""
     network, pruner = small(1, 2, 3), MINT(0.3)
     fresh = ask(network, [PROMPT], random_image(14), MINT(0.3), steps=4)
     for tokens, prompts in (25, [[I, 5], [7, I]]), (2, [PROMPT]), (14, [PROMPT]):

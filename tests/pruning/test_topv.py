@@ -28,7 +28,7 @@ def close(a: Tensor, b: Tensor, atol: float = 1e-5):
 
 
 def coords_of(grid: tuple[int, int], side: int, image: int = 0) -> list[list[int]]:
-    """Image, tile, row and column of the tokens of a image, in the encoder's order."""
+    """Image, tile, row and column of the tokens of an image, in the encoder's order."""
     tile = [(-1, -1)] + [(row, column) for row in range(side) for column in range(side)]
     return [[image, t, *where] for t in range(grid[0] * grid[1]) for where in tile]
 

@@ -17,7 +17,7 @@ from weights.tokenizer import messages
 
 S, P = 32, 4                                    # a tile's side in pixels, and in patches
 PROCESSOR = ImageProcessor(S)
-SIZES = {       # grid: height and width of a image that is given this grid, and leaves padding
+SIZES = {       # grid: height and width of an image that is given this grid, and leaves padding
     (1, 1): (32, 20), (1, 2): (20, 64), (1, 3): (20, 96), (1, 4): (20, 128),
     (2, 1): (64, 20), (2, 2): (64, 50), (3, 1): (96, 20), (4, 1): (128, 20)}
 
@@ -105,7 +105,7 @@ def test_the_patch_that_is_kept_is_clear_and_no_other(drawn, grid):
 def test_dropped_patches_are_far_darker_and_their_padding_is_no_longer_black(drawn):
     kept_map([noise(32, 20)], PROCESSOR, recorded([(1, 1)], kv([(0, 0, 0, 0), (0, 0, 0, 3)])), "")
     panel = patches(pixels(drawn[0][0]), (1, 1)).flatten(2).mean(-1)
-    assert panel[0, 0] > 130 > 90 > panel[1:, :2].max()         # a image of 90 to 200
+    assert panel[0, 0] > 130 > 90 > panel[1:, :2].max()         # an image of 90 to 200
     assert panel[0, 3] == 0 and (panel[1:, 3] > 30).all()       # the canvas is black there
 
 
@@ -168,9 +168,9 @@ def test_only_images_in_sight_are_drawn(drawn):
     assert "out of sight, not drawn: image 1" in drawn[-1]
 
 
-def test_a_image_made_smaller_is_drawn_as_it_was_read(drawn):
+def test_an_image_made_smaller_is_drawn_as_it_was_read(drawn):
     image, recorder = noise(128, 20), Recorder(load("downsample", keep=0.5))
-    assert recorder.images([image], PROCESSOR).grid.tolist() == [[2, 1]]
+    assert recorder.preprocess([image], PROCESSOR).grid.tolist() == [[2, 1]]
     coords = tokens((2, 1))
     recorder.encoded(ImageTokens(torch.ones(1, len(coords), 8), coords[None]), [[0]])
     recorder.prefilled([kv(coords.tolist())])
@@ -242,10 +242,10 @@ for _moment in HOOKS:
 
 def test_every_moment_is_passed_on():
     spy, image, layer = Spy(), ImageTokens(torch.ones(1, 17, 8), tokens((1, 1))[None]), kv([(0, 0, 0, 0)])
-    spy.gives = {"images": PROCESSOR([]), "encoded": image, "layer": (image, layer), "prefilled": [layer],
+    spy.gives = {"preprocess": PROCESSOR([]), "encoded": image, "layer": (image, layer), "prefilled": [layer],
                  "stepped": [layer], "logits": torch.ones(1), "answered": {1: [5]}, "text_layer": None,
                  "text_cache": []}
-    given = {"images": ([], PROCESSOR), "encoded": (image, [[0]]), "layer": (0, object(), image, layer),
+    given = {"preprocess": ([], PROCESSOR), "encoded": (image, [[0]]), "layer": (0, object(), image, layer),
              "prefilled": ([],), "stepped": (3, [], []), "logits": (torch.zeros(1),), "answered": (),
              "text_layer": (2, image, layer, spy), "text_cache": (-1, [])}
     recorder = Recorder(spy)
@@ -300,7 +300,7 @@ def test_lines_are_wrapped_and_nothing_is_cut_off():
 
 def test_what_cannot_be_drawn_is_refused_in_one_line():
     image, recorder = noise(32, 20), recorded([(1, 1)], kv([(0, 0, 0, 0)]))
-    for draw, given, which, reason in ((kept_map, [image], Recorder(Pruner()), "ask about a image"),
+    for draw, given, which, reason in ((kept_map, [image], Recorder(Pruner()), "ask about an image"),
                                        (kept_map, [image] * 2, recorder, "about 1 images, but 2"),
                                        (attention_map, [image], recorder, "attention=True")):
         with pytest.raises(ValueError, match=reason) as error:

@@ -374,7 +374,7 @@ def test_exif_orientation_is_obeyed_once(kind, orientation):
 @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0MM", b"Exif\0\0XX\0*\0\0\0\x08",
                                   b"Exif\0\0MM\0*\0\0", b"Exif\0\0MM\0*\0\0\0\x08\0\x09"])
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_a_image_whose_exif_is_damaged_is_shown_as_stored(kind, exif):
+def test_an_image_whose_exif_is_damaged_is_shown_as_stored(kind, exif):
     data = saved(Image.new("RGB", (9, 4), "white"), kind, exif=exif)
     assert_same(open_image(data), Image.new("RGB", (9, 4), "white"))
 
@@ -417,7 +417,7 @@ def test_a_path_a_string_bytes_and_an_image_are_the_same_image(tmp_path):
 # --- what is refused ---
 
 def refusal(source) -> str:
-    """The one line with which a image is refused, after which nothing may have been warned of either."""
+    """The one line with which an image is refused, after which nothing may have been warned of either."""
     with warnings.catch_warnings(record=True) as seen, pytest.raises(ValueError) as caught:
         warnings.simplefilter("always")
         open_image(source)
@@ -435,19 +435,19 @@ def bomb(width: int, height: int) -> bytes:
 def test_files_that_cannot_be_read_are_refused_in_one_line(tmp_path, monkeypatch):
     missing, empty, text = tmp_path / "missing.png", tmp_path / "empty.png", tmp_path / "text.png"
     empty.write_bytes(b"")
-    text.write_text("not a image\n" * 50)
-    assert refusal(missing) == f"{missing}: no such file; give the path of a image on this machine"
+    text.write_text("not an image\n" * 50)
+    assert refusal(missing) == f"{missing}: no such file; give the path of an image on this machine"
     assert refusal(tmp_path) == f"{tmp_path}: a folder; name one image inside it"
     assert refusal(empty) == f"{empty}: empty; save it again"
-    assert refusal(text) == f"{text}: not a image; give a PNG, JPEG or WebP file"
+    assert refusal(text) == f"{text}: not an image; give a PNG, JPEG or WebP file"
     assert refusal(f"{text}/x.png").startswith(f"{text}/x.png: ")
     assert refusal("line\nbreak.png").startswith(r"'line\nbreak.png': no such file")
     assert refusal("zero\0byte.png").startswith(r"'zero\x00byte.png': ")
     assert refusal("x" * 5000).startswith("xxx")
     assert refusal(b"") == "the image's bytes: empty; save it again"
     assert refusal(b"GIF89a").startswith("the image's bytes: ")
-    assert refusal(7) == "a image is a path, bytes or a PIL image, not int"
-    assert refusal(None) == "a image is a path, bytes or a PIL image, not NoneType"
+    assert refusal(7) == "an image is a path, bytes or a PIL image, not int"
+    assert refusal(None) == "an image is a path, bytes or a PIL image, not NoneType"
 
     def locked(path):
         raise PermissionError(13, "Permission denied", str(path))
@@ -462,11 +462,11 @@ def test_truncated_images_are_refused_wherever_they_end(tmp_path, kind):
     for share in 0.02, 0.3, 0.6, 0.9:
         path.write_bytes(whole[:int(len(whole) * share)])
         message = refusal(path)
-        assert message.startswith(f"{path}: ") and ("damaged" in message or "not a image" in message)
+        assert message.startswith(f"{path}: ") and ("damaged" in message or "not an image" in message)
     assert open_image(whole).size == (64, 64)
 
 
-def test_random_damage_gives_a_image_or_one_line():
+def test_random_damage_gives_an_image_or_one_line():
     rng = random.Random(7)
     refused = 0
     for kind in "JPEG", "PNG", "WEBP", "BMP", "GIF", "ICO", "PPM", "TGA":
@@ -503,8 +503,8 @@ def test_images_of_an_odd_kind_are_refused_in_one_line():
     assert refusal(Image.new("La", (3, 3))).startswith("the image: damaged, cut off or of an odd kind")
     assert "NaN" in refusal(Image.frombytes("F", (2, 1), struct.pack("<2f", 1, float("nan"))))
     assert "infinite" in refusal(Image.frombytes("F", (2, 1), struct.pack("<2f", 1, float("inf"))))
-    assert refusal(Image.new("F", (0, 3))) == "the image: not a image; give a PNG, JPEG or WebP file"
-    assert refusal(saved(noise(5, 5), "EPS")).startswith("the image's bytes: not a image; give")
+    assert refusal(Image.new("F", (0, 3))) == "the image: not an image; give a PNG, JPEG or WebP file"
+    assert refusal(saved(noise(5, 5), "EPS")).startswith("the image's bytes: not an image; give")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 10000), (10000, 1)])
