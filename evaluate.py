@@ -83,15 +83,15 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
     say yes to what is not there (`wrong_yes`) and which a smaller model gave (`early`), the share `kept` of
     the image tokens for each question, and bytes, times and decode `steps` of the batch."""
     drawn = [draw(scene).filter(ImageFilter.GaussianBlur(blur)) if blur else draw(scene)]
-    whole = assistant.look(drawn, vision=any("vision" in pruner.needs for pruner in pruners))
+    whole = assistant.encode_images(drawn, vision=any("vision" in pruner.needs for pruner in pruners))
     turns, rows = [messages(question.text, 1) for question in questions], []
     for pruner in pruners:
         if rows and pruner.keeps_all:                   # as the first one, which was asked already
             rows.append(rows[0])
             continue
         shrinks = "preprocess" in hooks(type(pruner)) and not pruner.keeps_all
-        image = assistant.look(drawn, pruner) if shrinks else whole
-        answer = assistant.ask(turns, image, MAX_NEW_TOKENS, pruner=pruner)
+        image = assistant.encode_images(drawn, pruner) if shrinks else whole
+        answer = assistant.answer(turns, image, MAX_NEW_TOKENS, pruner=pruner)
         texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
         # The first token comes from prefill; each further one, or the stop token, takes a step.
         steps = max(min(len(tokens), MAX_NEW_TOKENS - 1) for tokens in answer.tokens)
@@ -136,7 +136,7 @@ def layers_alike(assistant: Assistant, turns: list[list[dict]], image: EncodedIm
     layer which are among those of the other. Maps that sum to 1 would give the same.
     """
     observer = Observer()
-    assistant.ask(turns, image, 1, pruner=observer)                       # prefill is all that it takes
+    assistant.answer(turns, image, 1, pruner=observer)                       # prefill is all that it takes
     maps = torch.stack(observer.masses, dim=1)                                              # [B, C, N]
     best, unit = top_k_mask(maps, 0.1, image.tokens).double(), normalize(maps.double(), dim=-1)
     overlap = best @ best.mT / best[0, 0].sum()

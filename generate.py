@@ -1,6 +1,6 @@
-"""Ask Llama-3.2-Vision about a picture: `python generate.py --image x.png --prompt "What is this?"`.
+"""Ask Llama-3.2-Vision about an image: `python generate.py --image x.png --prompt "What is this?"`.
 
-    picture ── ImageProcessor ─► Tiles ── encode ─► ImageTokens ─┐
+    image ── ImageProcessor ─► Tiles ── encode ─► ImageTokens ─┐
     question ── Prompter ─► token ids ───────────────────────────┴ prefill ─► logits ─ sample ─► token ─► text
                                                                                 ▲                 │
                                                                                 └──── decode ◄────┘
@@ -128,7 +128,7 @@ class Assistant:
             self.decode = Compiled(self.model.decode, device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
-    def look(self, images: list[Image.Image], pruner: Pruner | None = None,
+    def encode_images(self, images: list[Image.Image], pruner: Pruner | None = None,
              vision: bool = False) -> EncodedImages:
         """Encode RGB images, once for any number of questions; the pruner may shrink them first. What the
         encoder knows beside is kept where it needs that, or with `vision`."""
@@ -142,26 +142,26 @@ class Assistant:
         slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
-    def ask(self, conversations: list[list[dict]], picture: EncodedImages, max_new_tokens: int,
+    def answer(self, conversations: list[list[dict]], encoded: EncodedImages, max_new_tokens: int,
             sampler: Sampler = GREEDY, date: str | None = None,
             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
             ) -> Answer:
-        """Answer the last turn of each conversation about one picture (or several images, or none).
+        """Answer the last turn of each conversation about one image (or several images, or none).
 
-        A pruner works on the picture anew each time: what one question leaves out, the next may need.
+        A pruner works on the image anew each time: what one question leaves out, the next may need.
         """
         prompts = [self.tokenizer.encode(conversation, date) for conversation in conversations]
-        answer = generate(self.model, prompts, picture.expand(len(prompts)), max_new_tokens,
+        answer = generate(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
                           self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
-        answer.ms = {**self.ms, "encode": picture.ms, **answer.ms}
+        answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
         return answer
 
-    def warm_up(self, rows: int, picture: EncodedImages):
-        """Compile what answers of so many rows about this picture need; no answer waits for it then."""
-        question = messages("?", len(picture.tiles) if picture.tokens is not None else 0)
+    def warm_up(self, rows: int, encoded: EncodedImages):
+        """Compile what answers of so many rows about this image need; no answer waits for it then."""
+        question = messages("?", len(encoded.tiles) if encoded.tokens is not None else 0)
         clock = Clock(self.model.lm_head.weight.device)
         prompts = [self.tokenizer.encode(question)] * rows
-        generate(self.model, prompts, picture.expand(rows), WARM_UP_TOKENS, (), decode=self.decode)
+        generate(self.model, prompts, encoded.expand(rows), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()
 
 
@@ -182,7 +182,7 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--revision", metavar="R", help="branch, tag or commit of a hub id")
-    add("--image", action="append", default=[], metavar="PATH", help="a picture; several go into one prompt")
+    add("--image", action="append", default=[], metavar="PATH", help="an image; several go into one prompt")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
     add("--system", metavar="TEXT", help="a system message")
     add("--date", metavar="TEXT", help="today's date, for chat templates that write it")
@@ -197,7 +197,7 @@ def arguments() -> argparse.Namespace:
     add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
     add("--set", action="append", default=[], metavar="K=V", help="another option of the method")
-    add("--save-map", metavar="PATH", help="draw what was kept over the picture")
+    add("--save-map", metavar="PATH", help="draw what was kept over the image")
     add("--map", choices=("kept", "attention"), default="kept",
         help="attention: draw what the prompt looks at")
     return parser.parse_args()
@@ -226,14 +226,14 @@ def command(args: argparse.Namespace):
         check_map(Path(args.save_map), len(prompts), len(images))
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
-    picture = assistant.look(images, pruner)
+    encoded = assistant.encode_images(images, pruner)
     if args.compile:
-        assistant.warm_up(max(1, len(prompts)), picture)
+        assistant.warm_up(max(1, len(prompts)), encoded)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
     if chatting:
-        chat(args, assistant, picture, sampler, pruner)
+        chat(args, assistant, encoded, sampler, pruner)
         return
-    answer_all(args, assistant, picture, sampler, pruner, prompts)
+    answer_all(args, assistant, encoded, sampler, pruner, prompts)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
         drawn = draw(images, assistant.processor, pruner, str(pruner))
@@ -246,7 +246,7 @@ def command(args: argparse.Namespace):
 def check_map(path: Path, prompts: int, images: int):
     """Raise ValueError where no map can be drawn or written."""
     if prompts != 1 or not images:
-        raise ValueError("--save-map draws one answer about a picture: give --image and one --prompt")
+        raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
     if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise ValueError(f"--save-map {path}: name a file that ends in .png, .jpg or .webp")
     if not path.parent.is_dir() or path.is_dir():
@@ -262,18 +262,18 @@ def parse_pruner(args: argparse.Namespace) -> Pruner | None:
     return None if args.prune is None else load(args.prune, **settings)
 
 
-def piped_prompt(has_picture: bool) -> str:
+def piped_prompt(has_image: bool) -> str:
     """The prompt where none was given and nobody sits at a terminal."""
     try:
         text = "" if sys.stdin is None else sys.stdin.read().strip()        # None: closed by the caller
     except UnicodeDecodeError:
         raise ValueError("the prompt on standard input is not valid UTF-8 text") from None
-    if not text and not has_picture:
-        raise ValueError("nothing to answer: give --prompt TEXT, and --image PATH to ask about a picture")
+    if not text and not has_image:
+        raise ValueError("nothing to answer: give --prompt TEXT, and --image PATH to ask about an image")
     return text or "Describe the picture."
 
 
-def answer_all(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages, sampler: Sampler,
+def answer_all(args: argparse.Namespace, assistant: Assistant, encoded: EncodedImages, sampler: Sampler,
                pruner: Pruner | None, prompts: list[str]):
     """One answer is streamed; those of a batch are printed in order, a line each."""
     stream, live = Detokenizer(assistant.tokenizer), len(prompts) == 1 and not args.json
@@ -283,19 +283,19 @@ def answer_all(args: argparse.Namespace, assistant: Assistant, picture: EncodedI
             write(stream.push(token))
 
     conversations = [messages(prompt, len(args.image), args.system) for prompt in prompts]
-    answer = assistant.ask(conversations, picture, args.max_new_tokens, sampler, args.date, emit,
+    answer = assistant.answer(conversations, encoded, args.max_new_tokens, sampler, args.date, emit,
                            pruner)
     texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
-        write(json.dumps(as_json(args.model, texts, answer, picture, named), ensure_ascii=False) + "\n")
+        write(json.dumps(as_json(args.model, texts, answer, encoded, named), ensure_ascii=False) + "\n")
         return
     write(stream.flush() + "\n" if live else "".join(text + "\n" for text in texts))
     say_model(args.model)
-    say_cost(answer, picture, named)
+    say_cost(answer, encoded, named)
 
 
-def chat(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages, sampler: Sampler,
+def chat(args: argparse.Namespace, assistant: Assistant, encoded: EncodedImages, sampler: Sampler,
          pruner: Pruner | None):
     """Questions and answers until the input ends; all see the images, which were encoded once."""
     say_model(args.model)
@@ -306,13 +306,13 @@ def chat(args: argparse.Namespace, assistant: Assistant, picture: EncodedImages,
         asked = [*history, *messages(question, images)]
         stream = Detokenizer(assistant.tokenizer)
         try:
-            answer = assistant.ask([asked], picture, args.max_new_tokens, sampler, args.date,
+            answer = assistant.answer([asked], encoded, args.max_new_tokens, sampler, args.date,
                                    lambda row, token, stream=stream: write(stream.push(token)), pruner)
         except ValueError as error:             # too long, say: the chat goes on without this question
             say(f"error: {error}")
             continue
         write(stream.flush() + "\n")
-        say_cost(answer, picture, None if pruner is None else str(pruner))
+        say_cost(answer, encoded, None if pruner is None else str(pruner))
         history = [*asked, {"role": "assistant", "content": assistant.tokenizer.decode(answer.tokens[0])}]
         images = 0                              # they stand in the first question
 

@@ -1,6 +1,6 @@
 """What an answer took: for people on stderr, and as JSON.
 
-`generate.generate` fills an Answer, `generate.Assistant.look` a EncodedImages; the rest of this file puts both into
+`generate.generate` fills an Answer, `generate.Assistant.encode_images` an EncodedImages; the rest puts both into
 words. `pruner` is what describes one, None where none was asked for. stdout belongs to answers alone.
 """
 import sys
@@ -14,12 +14,12 @@ from model.image_tokens import ImageTokens, Tiles
 
 @dataclass
 class EncodedImages:
-    """The encoded pictures that a question is about."""
+    """The encoded images that a question is about."""
     tiles: Tiles
     tokens: ImageTokens | None
     ms: float                                   # that encoding took
     slots: int                                  # image tokens of all tiles, used or not
-    real: int                                   # those of the tiles that the pictures fill
+    real: int                                   # those of the tiles that the images fill
 
     def expand(self, batch: int) -> ImageTokens | None:
         """Its tokens for every row of a batch."""
@@ -66,13 +66,13 @@ class Clock:
         return (now - before) * 1000
 
 
-def as_json(model: str, texts: list[str], answer: Answer, picture: EncodedImages, pruner: str | None) -> dict:
+def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages, pruner: str | None) -> dict:
     """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
     one, kept = len(texts) == 1, [round(mean(row)) for row in answer.kept]
     return {"model": model, "answer": texts[0] if one else texts,
             "token_ids": answer.tokens[0] if one else answer.tokens,
             "pruner": pruner,
-            "image_tokens": {"slots": picture.slots, "real": picture.real, "kept": kept[0] if one else kept},
+            "image_tokens": {"slots": encoded.slots, "real": encoded.real, "kept": kept[0] if one else kept},
             "kept_by_layer": answer.kept[0] if one else answer.kept, "answered_early": answer.early,
             "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
             "tokens_per_second": round(answer.tokens_per_second, 2), "image_kv_bytes": answer.image_kv_bytes,
@@ -85,19 +85,19 @@ def say_model(model: str):
         "--model meta-llama/Llama-3.2-11B-Vision-Instruct" if model == "tiny" else f"model {model}")
 
 
-def say_cost(answer: Answer, picture: EncodedImages, pruner: str | None):
-    if picture.tokens is not None:
-        say(f"image tokens {picture.slots} slots -> {picture.real} real{kept_words(answer, picture, pruner)}")
+def say_cost(answer: Answer, encoded: EncodedImages, pruner: str | None):
+    if encoded.tokens is not None:
+        say(f"image tokens {encoded.slots} slots -> {encoded.real} real{kept_words(answer, encoded, pruner)}")
         more = f" of {size(answer.image_kv_stored)} held" * (answer.image_kv_stored > answer.image_kv_bytes)
         say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
     say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
         f"peak memory {size(peak_memory())}")
 
 
-def kept_words(answer: Answer, picture: EncodedImages, pruner: str | None) -> str:
-    """What became of the real image tokens: those of earlier pictures are out of sight, others are pruned."""
+def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> str:
+    """What became of the real image tokens: those of earlier images are out of sight, others are pruned."""
     seen, words = mean(answer.seen), ""
-    if round(seen) != picture.tokens.features.shape[1]:
+    if round(seen) != encoded.tokens.features.shape[1]:
         words = f" -> {seen:.0f} in sight"
     if pruner is None:
         return words

@@ -49,7 +49,7 @@ class Bench:
     def run(self, tiles: int, made: dict):
         """All parts for a picture of so many tiles."""
         say(f"tiles {tiles}: encode")
-        picture = self.look(tiles)
+        picture = self.encode_images(tiles)
         if self.args.preset is None:
             made["rows"] += self.images(picture)
         if self.peer is not None:
@@ -76,7 +76,7 @@ class Bench:
         return EncodedImages(tiles, views, {name: images.get(name, images[WHOLE]) for name in views},
                        None if self.peer is None else self.peer.encode(whole), samples)
 
-    def pictures(self, picture: EncodedImages) -> list[dict]:
+    def images(self, picture: EncodedImages) -> list[dict]:
         model, image = self.subject.model, picture.images[WHOLE]
         flops = {name: model.flops(1, view.grid.tolist())["encode"] for name, view in picture.tiles.items()}
         rows = self.rows("encode", 1, picture.count, picture.encode, flops=flops)

@@ -40,7 +40,7 @@ def compiled() -> Assistant:
 @pytest.fixture(scope="module")
 def scenes(plain) -> list[tuple[EncodedImages, list[list[dict]]]]:
     papers = exam(3 * IMAGES)
-    return [(plain.look([draw(scene)], vision=True), [messages(question.text, 1) for question in questions])
+    return [(plain.encode_images([draw(scene)], vision=True), [messages(question.text, 1) for question in questions])
             for scene, questions in papers]
 
 
@@ -59,22 +59,22 @@ def test_every_method_gives_the_same_tokens_from_one_graph(plain, compiled, scen
     def ask_everything(images: int = IMAGES):
         for i, (image, turns) in enumerate(scenes[:images]):
             for pruner in pruners(i):
-                expected = plain.ask(turns, image, 24, pruner=pruner)
-                answer = compiled.ask(turns, image, 24, pruner=pruner)
+                expected = plain.answer(turns, image, 24, pruner=pruner)
+                answer = compiled.answer(turns, image, 24, pruner=pruner)
                 assert answer.tokens == expected.tokens
                 assert answer.kept == expected.kept
 
     def ask_alone():
         for i, (image, turns) in enumerate(scenes[:3]):
             for pruner in pruners(i)[i::3]:
-                expected = plain.ask(turns[:1], image, 24, pruner=pruner)
-                assert compiled.ask(turns[:1], image, 24, pruner=pruner).tokens == expected.tokens
+                expected = plain.answer(turns[:1], image, 24, pruner=pruner)
+                assert compiled.answer(turns[:1], image, 24, pruner=pruner).tokens == expected.tokens
 
     def ask_without_an_image():
-        image = compiled.look([])
+        image = compiled.encode_images([])
         turns = [messages(f"What is {word}?") for word in ("red", "a star", "this")]
-        assert compiled.ask(turns, image, 9).tokens == plain.ask(turns, image, 9).tokens
-        assert compiled.ask(turns[:2], image, 70).tokens == plain.ask(turns[:2], image, 70).tokens
+        assert compiled.answer(turns, image, 9).tokens == plain.answer(turns, image, 9).tokens
+        assert compiled.answer(turns[:2], image, 70).tokens == plain.answer(turns[:2], image, 70).tokens
 
     torch._dynamo.reset()
     assert graphs_made_by(ask_everything) == 1                              # for any number of rows but one
@@ -160,8 +160,8 @@ def test_a_step_may_change_what_is_held(plain, compiled, scenes):
 
     for image, turns in scenes[:3]:
         pruner = Halving(keep=0.9)
-        expected = plain.ask(turns, image, 12, pruner=pruner)
-        assert compiled.ask(turns, image, 12, pruner=pruner).tokens == expected.tokens
+        expected = plain.answer(turns, image, 12, pruner=pruner)
+        assert compiled.answer(turns, image, 12, pruner=pruner).tokens == expected.tokens
 
 
 def test_ahead_changes_order_but_not_tokens():

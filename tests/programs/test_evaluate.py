@@ -198,12 +198,12 @@ def test_only_shrunk_images_are_encoded_again_and_steps_are_counted(assistant, m
         calls[name] += 1
         return original(*args, **named)
 
-    for owner, name in (assistant, "look"), (assistant, "decode"):
+    for owner, name in (assistant, "encode_images"), (assistant, "decode"):
         monkeypatch.setattr(owner, name, partial(counted, name, getattr(owner, name)))
     scene, questions = evaluate.exam(9)[2]
     pruners = [Pruner(), load("random", keep=20), load("downsample", keep=0.5), load("downsample", keep=1.0)]
     record = evaluate.examine(assistant, scene, questions, pruners, compare_layers=False)
-    assert calls == {"look": 2, "decode": sum(row["steps"] for row in record["rows"][:3])}
+    assert calls == {"encode_images": 2, "decode": sum(row["steps"] for row in record["rows"][:3])}
     assert record["rows"][3] is record["rows"][0]                       # keeps all: not asked again
     assert record["rows"][0]["kept"] == record["rows"][3]["kept"] == [1] * len(questions)
     assert record["alike"] is None

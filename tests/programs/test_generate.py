@@ -62,7 +62,7 @@ def assistant(randomise) -> Assistant:
 
 @pytest.fixture(scope="module")
 def random_image(assistant) -> EncodedImages:
-    return assistant.look([drawn(224, 112)])
+    return assistant.encode_images([drawn(224, 112)])
 
 
 class Script:
@@ -90,8 +90,8 @@ def test_greedy_is_the_argmax_of_forward(assistant, random_image, images):
 
 
 def test_the_image_matters(assistant, random_image):
-    other = assistant.look([Image.new("RGB", (224, 112), "blue")])
-    tokens = [assistant.ask([messages("Which colour?", 1)], seen, 8).tokens for seen in (random_image, other)]
+    other = assistant.encode_images([Image.new("RGB", (224, 112), "blue")])
+    tokens = [assistant.answer([messages("Which colour?", 1)], seen, 8).tokens for seen in (random_image, other)]
     assert tokens[0] != tokens[1]
 
 

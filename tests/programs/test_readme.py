@@ -69,8 +69,8 @@ def assistant():
 
 @pytest.mark.parametrize(("image", "question", "answer"), EXAMPLES)
 def test_example_answers(assistant, image, question, answer):
-    look = assistant.look([generate.open_image(ROOT / image)])
-    said = assistant.ask([generate.messages(question, 1)], look, 64)
+    look = assistant.encode_images([generate.open_image(ROOT / image)])
+    said = assistant.answer([generate.messages(question, 1)], look, 64)
     assert assistant.tokenizer.decode(said.tokens[0]) == answer
 
 
@@ -187,8 +187,8 @@ def test_the_method_in_the_readme_runs(tmp_path, assistant):
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
     assert code_lines(tmp_path / "mine.py") < 10
     mine = load(f"{tmp_path / 'mine.py'}:Mine", keep=0.2)
-    look = assistant.look([generate.open_image(ROOT / "examples" / "shapes.png")])
-    said = assistant.ask([generate.messages("What is written on the circle?", 1)], look, 8, pruner=mine)
+    look = assistant.encode_images([generate.open_image(ROOT / "examples" / "shapes.png")])
+    said = assistant.answer([generate.messages("What is written on the circle?", 1)], look, 8, pruner=mine)
     assert said.kept == [[200, 40, 40]]
 
 

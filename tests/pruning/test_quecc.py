@@ -463,7 +463,7 @@ def test_the_bundled_weights(bundled):
 def test_an_answer_from_17_tokens_a_tile():
     assistant, scene = Assistant("tiny"), make_scene("test", 3, (2, 2))
     pruner = QueCC()
-    image = assistant.look([draw_scene(scene)], pruner)
-    answer = assistant.ask([messages("Is there a sign?", 1)], image, 8, pruner=pruner)
+    image = assistant.encode_images([draw_scene(scene)], pruner)
+    answer = assistant.answer([messages("Is there a sign?", 1)], image, 8, pruner=pruner)
     assert answer.kept == [[4 * 17.0] * 3] and image.real == 200
     assert assistant.tokenizer.decode(answer.tokens[0]) == ("no" if scene.sign is None else "yes")

@@ -276,7 +276,7 @@ def test_a_recorder_changes_no_answer_and_knows_what_was_kept(assistant, method)
     for wrap_it in False, True:
         pruner = load(method, **PRUNERS[method])
         pruner = Recorder(pruner, attention=True) if wrap_it else pruner
-        answers.append(assistant.ask(prompts, assistant.look(images, pruner), 6, pruner=pruner))
+        answers.append(assistant.answer(prompts, assistant.encode_images(images, pruner), 6, pruner=pruner))
     assert answers[0].tokens == answers[1].tokens and answers[0].kept == answers[1].kept
     assert not pruner.keeps_all and str(pruner) == str(load(method, **PRUNERS[method]))
     assert [float(layer.counts()[0]) for layer in pruner.kvs] == answers[0].kept[0]
