@@ -36,7 +36,8 @@ from report import fail, say
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.tokenizer import check_length
 
-FOLDER = Path(tables.__file__).parent / "results"
+ROOT = Path(__file__).parent
+RESULTS = ROOT / "benchmarks" / "results"
 TABLE2 = {"batch": [1, 4, 8, 16, 32], "tiles": [4], "keep": [0.509, 0.396]}     # of arXiv 2504.00557
 
 
@@ -52,7 +53,7 @@ def arguments() -> argparse.Namespace:
     add("--new-tokens", type=int, default=32, metavar="N", help="that are timed in decode; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
-    add("--set", action="append", default=[], metavar="K=V", help="another option of it; P.K=V with --methods")
+    add("--set", action="append", default=[], metavar="K=V", help="one of its options; P.K=V with --methods")
     add("--against", choices=[PEER], help="on the same weights, in turns")
     add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
@@ -63,7 +64,7 @@ def arguments() -> argparse.Namespace:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
     add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
     add("--repeat", type=int, default=7, metavar="N", help="rounds, after warm-up; default 7")
-    add("--report", action="store_true", help="put benchmarks/results/*.json into the READMEs, no more")
+    add("--report", action="store_true", help="only write the READMEs from benchmarks/results/*.json")
     return parser.parse_args()
 
 
@@ -73,7 +74,7 @@ def numbers(text: str) -> list[int]:
 
 def command(args: argparse.Namespace):
     if args.report:
-        return tables.write_pages(FOLDER, FOLDER.parent / "README.md")
+        return tables.write_pages(RESULTS, ROOT / "benchmarks" / "README.md", ROOT / "README.md")
     pruners = check(args)
     device = parse_device(args.device)
     subject, loading = make_subject(args, device)
@@ -100,7 +101,7 @@ def command(args: argparse.Namespace):
             for tiles in args.tiles:
                 bench.run(tiles, made)
     if args.json is not None:
-        Path(args.json).write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+        tables.write_text(Path(args.json), json.dumps(made, indent=1) + "\n")
     print(tables.text(made))
     if args.plot is not None:
         tables.plot(made, Path(args.plot))

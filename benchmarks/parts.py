@@ -1,9 +1,9 @@
 """The parts of a benchmark: each times ours and transformers in turns and gives rows of the JSON.
 
-A batch is so many questions about one picture, encoded once. What is compared counts with its median; `ratio`
-is theirs / ours. Fractions of ceilings: of the operations of a large bf16 product for encode, project and
-prefill (where the whole image is read); of the bytes of a large copy for decode, which reads the weights of
-its linear layers and both caches. `ours_bytes` and `peer_bytes` are what a step reads, or what is held.
+The sequences of a batch are questions about one image, which is encoded once. A figure is the median of all
+rounds; `ratio` is theirs / ours. The ceiling of encode, project and prefill (with all image tokens) is the
+operations of a large bf16 product; the ceiling of decode, which reads the weights of its linear layers and
+both caches, is the bytes of a large copy. `ours_bytes` and `peer_bytes`: what a step reads, or what is held.
 """
 import statistics
 from argparse import Namespace
@@ -29,7 +29,7 @@ WHOLE, PEER, EAGER, COMPILED, STATIC = "none", "transformers", "eager", "compile
 
 @dataclass
 class EncodedImages:
-    """A picture of so many tiles as each method sees it, encoded; `states` are transformers'."""
+    """An image of `count` tiles as each method sees it, encoded; `states` are those of transformers."""
     count: int
     tiles: dict[str, Tiles]
     images: dict[str, ImageTokens]
@@ -47,22 +47,22 @@ class Bench:
         self.compiled: dict[str, Callable] = {}
 
     def run(self, tiles: int, made: dict):
-        """All parts for a picture of so many tiles."""
+        """All parts for an image of `tiles` tiles."""
         say(f"tiles {tiles}: encode")
-        picture = self.encode_images(tiles)
+        encoded = self.encode_images(tiles)
         if self.args.preset is None:
-            made["rows"] += self.images(picture)
+            made["rows"] += self.images(encoded)
         if self.peer is not None:
-            made["equal"].append(self.difference(picture))
+            made["equal"].append(self.difference(encoded))
         for batch in self.args.batch:
             for part in self.prompts, self.tokens, self.memory:
                 say(f"tiles {tiles}, batch {batch}: {part.__name__}")
-                made["rows"] += part(batch, picture)
+                made["rows"] += part(batch, encoded)
 
     # ----- the parts
 
-    def look(self, tiles: int) -> EncodedImages:
-        """Encode the picture, timed; only methods that act before the encoder see another one."""
+    def encode_images(self, tiles: int) -> EncodedImages:
+        """Encode the image, timed. Only methods that act before the encoder get an encoding of their own."""
         views = {name: self.subject.tiles(tiles, pruner) for name, pruner in self.pruners.items()}
         whole = views[WHOLE]
         own = {name: view for name, view in views.items()
@@ -76,45 +76,45 @@ class Bench:
         return EncodedImages(tiles, views, {name: images.get(name, images[WHOLE]) for name in views},
                        None if self.peer is None else self.peer.encode(whole), samples)
 
-    def images(self, picture: EncodedImages) -> list[dict]:
-        model, image = self.subject.model, picture.images[WHOLE]
-        flops = {name: model.flops(1, view.grid.tolist())["encode"] for name, view in picture.tiles.items()}
-        rows = self.rows("encode", 1, picture.count, picture.encode, flops=flops)
+    def images(self, encoded: EncodedImages) -> list[dict]:
+        model, image = self.subject.model, encoded.images[WHOLE]
+        flops = {name: model.flops(1, view.grid.tolist())["encode"] for name, view in encoded.tiles.items()}
+        rows = self.rows("encode", 1, encoded.count, encoded.encode, flops=flops)
         samples = in_turns({(WHOLE, EAGER): self.subject.project(image)}, self.args.repeat,
                            self.subject.device)
         flops = {WHOLE: self.subject.project_flops(image.features.shape[1])}
-        return rows + self.rows("project", 1, picture.count, samples, flops=flops)
+        return rows + self.rows("project", 1, encoded.count, samples, flops=flops)
 
-    def prompts(self, batch: int, picture: EncodedImages) -> list[dict]:
+    def prompts(self, batch: int, encoded: EncodedImages) -> list[dict]:
         """prefill, first_token, and the methods' own work beside the prefill of the whole decoder."""
         subject, room = self.subject, self.args.new_tokens
         ids, text = (subject.prompt(batch, self.args.prompt_tokens, image) for image in (True, False))
         clocks = {name: Timed(pruner, subject.device) for name, pruner in self.pruners.items()}
         jobs: dict[Key, Callable] = {
-            (name, EAGER): partial(subject.read, ids, picture.images[name], room, pruner)
+            (name, EAGER): partial(subject.read, ids, encoded.images[name], room, pruner)
             for name, pruner in self.pruners.items()}
         if self.peer is not None:
-            jobs[PEER, EAGER] = partial(self.peer.prefill, ids, picture.states, self.grids(picture), room)
+            jobs[PEER, EAGER] = partial(self.peer.prefill, ids, encoded.states, self.grids(encoded), room)
         samples = in_turns(jobs, self.args.repeat, subject.device)
-        grids = picture.tiles[WHOLE].grid.tolist()
+        grids = encoded.tiles[WHOLE].grid.tolist()
         flops = {WHOLE: batch * subject.model.flops(len(ids[0]), grids)["prefill"]}
-        rows = self.rows("prefill", batch, picture.count, samples, flops=flops)
+        rows = self.rows("prefill", batch, encoded.count, samples, flops=flops)
         if self.args.preset is None:
-            both = {key: [a + b for a, b in zip(ms, picture.encode.get(key, picture.encode[WHOLE, EAGER]),
+            both = {key: [a + b for a, b in zip(ms, encoded.encode.get(key, encoded.encode[WHOLE, EAGER]),
                                                 strict=True)] for key, ms in samples.items()}
-            rows += self.rows("first_token", batch, picture.count, both)
+            rows += self.rows("first_token", batch, encoded.count, both)
         if len(self.pruners) > 1:
-            rows += self.own_work(batch, picture, ids, text, clocks)
+            rows += self.own_work(batch, encoded, ids, text, clocks)
         return rows
 
-    def own_work(self, batch: int, picture: EncodedImages, ids: Tensor, text: Tensor,
+    def own_work(self, batch: int, encoded: EncodedImages, ids: Tensor, text: Tensor,
                  clocks: dict[str, Timed]) -> list[dict]:
         """prune: the hooks of every method in a prefill, and as a share of the whole decoder's prefill, of
         which a slice's is a part, all layers charged for the whole image. A method's own work is taken as it
         is: those that choose once do not choose more often in a deeper model."""
         subject, own = self.subject, {name: [] for name in clocks if name != WHOLE}
         one_row = subject.model.lm_head.weight.new_ones(batch, 1, subject.config.text.hidden_size)
-        parts = {"image": partial(subject.read, ids, picture.images[WHOLE], 1, Pruner()),
+        parts = {"image": partial(subject.read, ids, encoded.images[WHOLE], 1, Pruner()),
                  "text": partial(subject.model.prefill, text, [len(row) for row in text], None, 1),
                  "head": partial(subject.model.lm_head, one_row)}
         samples = in_turns(parts, self.args.repeat, subject.device)
@@ -122,15 +122,15 @@ class Bench:
         for turn in range(-1, self.args.repeat):
             for name, ms in own.items():
                 clocks[name].ms = 0.0
-                subject.read(ids, picture.images[name], 1, clocks[name])
+                subject.read(ids, encoded.images[name], 1, clocks[name])
                 if turn >= 0:
                     ms.append(clocks[name].ms)
-        rows = self.rows("prune", batch, picture.count, {(name, EAGER): ms for name, ms in own.items()})
+        rows = self.rows("prune", batch, encoded.count, {(name, EAGER): ms for name, ms in own.items()})
         for row in rows:
             row |= {"whole_prefill_ms": whole, "share_of_prefill": row["ours_ms"] / whole}
         return rows
 
-    def tokens(self, batch: int, picture: EncodedImages) -> list[dict]:
+    def tokens(self, batch: int, encoded: EncodedImages) -> list[dict]:
         """decode, of one token of every row, and beside it the linear layers of a step alone."""
         subject, args = self.subject, self.args
         pieces, each, warm_up, room = pace(args.new_tokens, args.repeat)
@@ -140,10 +140,10 @@ class Bench:
             if args.compile:
                 decoders[COMPILED] = self.compiled.setdefault(name, subject.compiled())
             for how, decode in decoders.items():
-                start = subject.read(ids, picture.images[name], room, pruner)
+                start = subject.read(ids, encoded.images[name], room, pruner)
                 jobs[name, how] = Greedy(decode, *start, each, pruner)
         for how in [] if self.peer is None else [EAGER, STATIC] if args.compile else [EAGER]:
-            start = self.peer.prefill(ids, picture.states, self.grids(picture), room, static=how == STATIC)
+            start = self.peer.prefill(ids, encoded.states, self.grids(encoded), room, static=how == STATIC)
             jobs[PEER, how] = Greedy(self.peer.decode, *start, each)
         linears, weights = subject.linears_alone(batch, each)
         first = {key: timed(job, subject.device) / 1000 for key, job in jobs.items()}   # compiles
@@ -153,7 +153,7 @@ class Bench:
         text = batch * subject.model.kv_bytes(args.prompt_tokens + room // 2, [])["text"]
         read = {key: weights + text + (self.peer.image_kv_bytes(job.cache) if key[0] == PEER
                                        else job.cache.image_bytes()) for key, job in jobs.items()}
-        rows = self.rows("decode", batch, picture.count, samples, held=read)
+        rows = self.rows("decode", batch, encoded.count, samples, held=read)
         for row in rows:
             row |= {"tokens_per_second": batch / row["ours_ms"] * 1000, "linears_ms": alone,
                     "linears_fraction_of_copy": weights / alone * 1000 / self.ceilings["copy_bytes_per_s"]}
@@ -163,20 +163,20 @@ class Bench:
                 row["peer_first_call_s"] = first[PEER, STATIC]
         return rows
 
-    def memory(self, batch: int, picture: EncodedImages) -> list[dict]:
+    def memory(self, batch: int, encoded: EncodedImages) -> list[dict]:
         """peak_memory: what a prompt adds to the weights, from its tiles to the second token. image_kv."""
         subject = self.subject
         ids, peaks, held = subject.prompt(batch, self.args.prompt_tokens), {}, {}
 
         def ours(name: str):
-            image = subject.model.encode([picture.tiles[name]])
+            image = subject.model.encode([encoded.tiles[name]])
             logits, cache = subject.read(ids, image, 2, self.pruners[name])
             Greedy(subject.model.decode, logits, cache, 1, self.pruners[name])()
             held[name, EAGER] = cache.image_bytes()
 
         def theirs():
-            states = self.peer.encode(picture.tiles[WHOLE])
-            logits, cache = self.peer.prefill(ids, states, self.grids(picture), 2)
+            states = self.peer.encode(encoded.tiles[WHOLE])
+            logits, cache = self.peer.prefill(ids, states, self.grids(encoded), 2)
             Greedy(self.peer.decode, logits, cache, 1)()
             held[PEER, EAGER] = self.peer.image_kv_bytes(cache)
 
@@ -185,26 +185,26 @@ class Bench:
             jobs[PEER, EAGER] = theirs
         for key, job in jobs.items():
             peaks[key] = peak_added(job, subject.device)
-        return (self.rows("peak_memory", batch, picture.count, {}, held=peaks)
-                + self.rows("image_kv", batch, picture.count, {}, held=held))
+        return (self.rows("peak_memory", batch, encoded.count, {}, held=peaks)
+                + self.rows("image_kv", batch, encoded.count, {}, held=held))
 
-    def difference(self, picture: EncodedImages) -> dict[str, float]:
+    def difference(self, encoded: EncodedImages) -> dict[str, float]:
         """The largest difference of logits after the prompt and after one token more, both deviations of
         transformers corrected; and the standard deviation of ours, to compare it with."""
         ids, model = self.subject.prompt(1, self.args.prompt_tokens), self.subject.model
-        ours, cache = self.subject.read(ids, picture.images[WHOLE], 2, Pruner())
+        ours, cache = self.subject.read(ids, encoded.images[WHOLE], 2, Pruner())
         ours = torch.cat((ours, model.decode(ours.argmax(-1), cache)))
         with self.peer.corrected():
-            states = self.peer.encode(picture.tiles[WHOLE])
-            theirs, kept = self.peer.prefill(ids, states, self.grids(picture), 2)
+            states = self.peer.encode(encoded.tiles[WHOLE])
+            theirs, kept = self.peer.prefill(ids, states, self.grids(encoded), 2)
             theirs = torch.cat((theirs, self.peer.decode(ours[:1].argmax(-1), kept)))
-        return {"tiles": picture.count, "max_difference": (ours - theirs).abs().max().item(),
+        return {"tiles": encoded.count, "max_difference": (ours - theirs).abs().max().item(),
                 "std": ours.std().item()}
 
     # ----- rows
 
-    def grids(self, picture: EncodedImages) -> list[Grid]:
-        return [grid_of(self.subject.config.vision, picture.count)]
+    def grids(self, encoded: EncodedImages) -> list[Grid]:
+        return [grid_of(self.subject.config.vision, encoded.count)]
 
     def about(self, batch: int | None, tiles: int | None) -> dict:
         """What a figure is of, apart from the method."""

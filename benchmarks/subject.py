@@ -106,13 +106,13 @@ class Subject:
         return Compiled(self.model.decode, self.device)
 
     def tiles(self, count: int, pruner: Pruner) -> Tiles:
-        """A random picture that fills `count` tiles, on the device, as the pruner's hook 0 leaves it."""
+        """A random image that fills `count` tiles, on the device, as the pruner's `preprocess` leaves it."""
         vision, (rows, columns) = self.config.vision, grid_of(self.config.vision, count)
         side, generator = vision.image_size, torch.Generator().manual_seed(count)
         shape = rows * side, columns * side, 3
         noise = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-        picture = Image.frombytes("RGB", (shape[1], shape[0]), bytes(noise.flatten().tolist()))
-        tiles = pruner.preprocess([picture], ImageProcessor(
+        image = Image.frombytes("RGB", (shape[1], shape[0]), bytes(noise.flatten().tolist()))
+        tiles = pruner.preprocess([image], ImageProcessor(
             side, max_tiles=vision.max_num_tiles, canvases=vision.supported_aspect_ratios))
         return Tiles(tiles.pixels.to(self.device, self.dtype), tiles.grid)
 
@@ -165,7 +165,7 @@ class Subject:
         return head_ms + (text_ms - head_ms) * all_own / own + (image_ms - text_ms) * all_cross / cross
 
     def read(self, ids: Tensor, image: ImageTokens, room: int, pruner: Pruner) -> tuple[Tensor, Cache]:
-        """Prefill of prompts [B, T] about one picture, with the pruner's hooks 1 to 3: logits and cache."""
+        """Prefill of prompts [B, T] about one image, with the pruner's hooks 1 to 3: logits and cache."""
         question = self.model.question(ids, [ids.shape[1]] * len(ids)) if "question" in pruner.needs else None
         image = pruner.encoded(image.expand(len(ids)), Prompts(ids.tolist(), room, (), question))
         ids = ids.repeat(len(image.features) // len(ids), 1)                            # branches

@@ -8,6 +8,7 @@ import json
 from pathlib import Path
 
 from report import size
+from weights.files import replacing
 
 HEAD = ("part", "tiles", "batch", "method", "ours", "time or size", "theirs", "how", "theirs / ours",
         "of ceiling")
@@ -134,13 +135,13 @@ def milliseconds(ms: float, sign: str = "") -> str:
 
 def page(files: dict[str, dict]) -> str:
     """The page of all measurements, by the names of their files."""
-    parts = ["# Measured\n", "Made of the JSON files in this folder by `python benchmark.py --report`.\n"]
+    parts = ["# Measured\n", "Made from the JSON files in `results/` by `python benchmark.py --report`.\n"]
     if not files:
         parts.append("Nothing has been measured yet.\n")
     for name, made in sorted(files.items()):
         machine = ", ".join(words(key, value) for key, value in made["machine"].items())
         versions = ", ".join(f"{key} {value}" for key, value in made["versions"].items() if value)
-        parts += [f"## {title(made)}\n", f"[{name}]({name}): {machine}; {versions}\n",
+        parts += [f"## {title(made)}\n", f"[{name}](results/{name}): {machine}; {versions}\n",
                   f"```bash\n{made['command']}\n```\n"]
         parts += ["\n".join(markdown(table)) + "\n" for table in all_tables(made)]
         parts.append("\n".join(f"- {note}" for note in notes(made)) + "\n")
@@ -209,11 +210,17 @@ def best(ratios: dict[tuple[str, str], float] | None, own: bool) -> float | None
     return min(most.values()) if own else next(v for peer, v in most.items() if peer.endswith(", eager"))
 
 
-def write_pages(folder: Path, readme: Path):
-    """Write README.md into a folder of measurements, and their summary into the project's."""
+def write_pages(folder: Path, page_path: Path, readme: Path):
+    """Write the page of all measurements in a folder, and put their summary into the project's README."""
     files = read_files(folder)
-    (folder / "README.md").write_text(page(files), encoding="utf-8")
-    readme.write_text(with_summary(readme.read_text(encoding="utf-8"), files), encoding="utf-8")
+    summarised = with_summary(readme.read_text(encoding="utf-8"), files)
+    write_text(page_path, page(files))
+    write_text(readme, summarised)
+
+
+def write_text(path: Path, words: str):
+    with replacing(path) as partial:
+        partial.write_text(words, encoding="utf-8")
 
 
 def with_summary(readme: str, files: dict[str, dict]) -> str:
@@ -250,7 +257,8 @@ def plot(made: dict, path: Path):
     axes.set_title(title(made), fontsize="medium")
     if len(series) > 1:
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    figure.savefig(path, dpi=150)
+    with replacing(path) as partial:
+        figure.savefig(partial, dpi=150)
 
 
 def drawn(made: dict) -> tuple[list[str], dict[str, list[float]], str]:

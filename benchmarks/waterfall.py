@@ -57,13 +57,13 @@ def waterfall(subject: Subject, peer: Peer | None, pruner: Pruner, batch: int, t
               new_tokens: int, repeat: int) -> list[dict]:
     """The bars `{step, ms, gain}`: milliseconds of a decoded token (of each row), and how many times as fast
     as the bar before."""
-    model, picture = subject.model, subject.tiles(tiles, Pruner())
-    ids, image = subject.prompt(batch, prompt_tokens), model.encode([picture])
+    model, views = subject.model, subject.tiles(tiles, Pruner())
+    ids, image = subject.prompt(batch, prompt_tokens), model.encode([views])
     slots = subject.config.vision.max_num_tiles * subject.config.vision.tokens_per_tile
     pieces, each, warm_up, room = pace(new_tokens, repeat)
     whole, jobs = Pruner(), {}
     if peer is not None:
-        logits, cache = peer.prefill(ids, peer.encode(picture), [grid_of(subject.config.vision, tiles)], room)
+        logits, cache = peer.prefill(ids, peer.encode(views), [grid_of(subject.config.vision, tiles)], room)
         jobs[f"transformers {peer.version}, eager"] = Greedy(peer.decode, logits, cache, each)
     for name, padded, lever in (
             ("this project, everything put back", True, PutBack(model, prompt_tokens, True, repeat=True)),

@@ -327,7 +327,8 @@ def test_what_methods_add(run):
 
 
 def test_the_committed_pages_are_those_of_the_committed_figures():
-    files, readme = tables.read_files(ROOT / "benchmarks"), (ROOT / "README.md").read_text(encoding="utf-8")
+    files = tables.read_files(benchmark.RESULTS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert (ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8") == tables.page(files)
     assert tables.with_summary(readme, files) == readme
 
@@ -340,14 +341,14 @@ def test_the_page_has_every_figure(run, tmp_path):
     out, made = run("--tiles", "2", "--against", "transformers")
     opened, closed = tables.MARKS
     (tmp_path / "first.md").write_text(f"before {opened} old {closed} after\n", encoding="utf-8")
-    tables.write_pages(tmp_path, tmp_path / "first.md")
+    tables.write_pages(tmp_path, tmp_path / "page.md", tmp_path / "first.md")
     first = (tmp_path / "first.md").read_text(encoding="utf-8")
     assert first.startswith(f"before {opened}\n\n|") and first.endswith(f"|\n\n{closed} after\n")
     encode = next(row for row in made["rows"] if (row["component"], row["tiles"]) == ("encode", 2))
     name, *cells = tables.summary(tables.read_files(tmp_path))[1]
     assert name == "tiny, 5 decoder layers, bfloat16" and cells[0] == cells[7] == "-"
     assert cells[1] == f"{encode['ratio']:.2f}" and "old" not in first and name in first
-    page = (tmp_path / "README.md").read_text(encoding="utf-8")
+    page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert "## tiny, 5 decoder layers, bfloat16, cpu" in page and made["command"] in page
     for row in made["rows"]:
         assert "| " + " | ".join(tables.cells(row)) + " |" in page
@@ -358,7 +359,8 @@ def test_the_page_has_every_figure(run, tmp_path):
 def test_report_writes_the_page(monkeypatch, tmp_path):
     (folder := tmp_path / "benchmarks").mkdir()
     (tmp_path / "README.md").write_text("".join(tables.MARKS), encoding="utf-8")
-    monkeypatch.setattr(benchmark, "FOLDER", folder)
+    monkeypatch.setattr(benchmark, "ROOT", tmp_path)
+    monkeypatch.setattr(benchmark, "RESULTS", folder / "results")
     monkeypatch.setattr("sys.argv", ["benchmark.py", "--report"])
     benchmark.main()
     assert (folder / "README.md").read_text(encoding="utf-8") == tables.page({})
