@@ -30,10 +30,9 @@ from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
 from evaluation.results import check_plot
 from generate import Parser, parse_pruner
-from model.config import Config
 from pruning import Pruner, load, several
 from report import fail, say
-from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
 from weights.tokenizer import check_length
 
 ROOT = Path(__file__).parent
@@ -145,7 +144,7 @@ def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subjec
     dtype = parse_dtype(args.dtype)
     if args.model is not None:
         folder = find_checkpoint(args.model)
-        config = Config.from_file(folder / "config.json")
+        config = read_config(folder)
     else:
         config = SHAPES[args.shape or "tiny"]()
     for tiles in args.tiles:

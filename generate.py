@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from model.cache import Cache
+from model.config import padding_id
 from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY, Arriving, Sampler, one_ahead
@@ -51,7 +52,7 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     lengths = [len(prompt) for prompt in prompts]
     for length in lengths:
         check_length(length, max_new_tokens, model.config.text.max_position_embeddings)
-    device, pad = model.lm_head.weight.device, model.config.text.pad_token_id
+    device, pad = model.lm_head.weight.device, padding_id(model.config)
     input_ids = torch.tensor([ids + [pad] * (max(lengths) - len(ids)) for ids in prompts], device=device)
     seen = [0] * len(prompts) if image is None else model.tokens_seen(input_ids, lengths, image)
     if pruner is None or pruner.keeps_all or image is None:

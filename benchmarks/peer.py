@@ -19,11 +19,11 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from model.config import EXTRA_EMBEDDINGS, Config
+from model.config import Config
 from model.image_tokens import Grid, Tiles
 from model.llama_vision import LlamaVision
 from weights import official_state_dict
-from weights.load import model_name
+from weights.names import model_name
 
 OLDEST = 5, 18                  # the first release whose static cache and compiled step work for mllama
 
@@ -193,8 +193,7 @@ def their_config(config: Config, transformers: ModuleType):
     kind = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **scaling}
     text["rope_parameters"] = {**kind, "rope_theta": text.pop("rope_theta")}
     text["cross_attention_layers"] = list(config.text.cross_attention_layers)
-    rows = config.text.vocab_size + EXTRA_EMBEDDINGS
     text |= {"tie_word_embeddings": False, "eos_token_id": list(config.text.eos_token_id),
-             "pad_token_id": config.text.pad_token_id if config.text.pad_token_id < rows else None}
+             "pad_token_id": None}
     return transformers.MllamaConfig(vision_config=vision, text_config=text, attn_implementation="sdpa",
                                      image_token_index=config.image_token_index)

@@ -20,7 +20,7 @@ from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
 from pruning import Prompts, Pruner
-from weights import find_checkpoint
+from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
 
 ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
@@ -31,7 +31,7 @@ SHAPES: dict[str, Callable[[], Config]] = {
     "11b": lambda: ELEVEN, "90b": lambda: NINETY,
     "11b-base": lambda: replace(ELEVEN, vision=VisionConfig()),         # base models: tiles of 448 pixels
     "90b-base": lambda: replace(NINETY, vision=VisionConfig()),
-    "tiny": lambda: Config.from_file(find_checkpoint("tiny") / "config.json")}
+    "tiny": lambda: read_config(find_checkpoint("tiny"))}
 VISION_LAYERS = 2                               # of each kind, in a slice
 BEFORE_IMAGE = 5                                # prompt tokens before the image, as chat templates have it
 NOISE = 1_000_003                               # a prime: rows of weights that repeat it are never alike

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from model.config import Config
 from scenes.draw import COLOURS, SHAPES, make_scene
 from scenes.questions import questions
+from weights import config_from_dict
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
@@ -54,7 +55,7 @@ def config_json() -> dict:
 
 
 def tiny_config() -> Config:
-    return Config.from_dict(config_json())
+    return config_from_dict(config_json())
 
 
 def train_tokenizer(images: int = 2000) -> Tokenizer:

@@ -25,8 +25,8 @@ from model.vision import VisionEncoder
 from scenes.draw import RATIOS
 from scenes.lessons import CHARACTER_LABELS, COLOUR_LABELS, DIGITS, SHAPE_LABELS, Batch, Lessons
 from scenes.tiny import tiny_config, train_tokenizer, write_folder
+from weights import save_model
 from weights.images import ImageProcessor
-from weights.load import save_model
 
 GATE = 1.0   # of every tanh gate, held there: free gates fall, and the first cross-attention layer goes blind
 FIRST_ALONE = 0.2           # share of steps with the later cross-attention layers shut: the first must read

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import torch
 
-from model.config import Config
 from scenes.lessons import Lessons
 from scenes.tiny import config_json, train_tokenizer, write_folder
 from scenes.train import LENGTH, SAVE_EVERY, Log, Student, plan
-from weights import find_checkpoint, load_model, save_model
+from weights import config_from_dict, find_checkpoint, load_model, save_model
 from weights.images import ImageProcessor
 
 SMALLER = {"hidden_size": 96, "intermediate_size": 224, "num_hidden_layers": 4,
@@ -44,7 +43,7 @@ def arguments() -> argparse.Namespace:
 def train(args: argparse.Namespace):
     """From the first or the last saved step to the end."""
     torch.manual_seed(args.seed)
-    config = Config.from_dict(guide_json())
+    config = config_from_dict(guide_json())
     large = load_model(find_checkpoint("tiny"), torch.device(args.device), torch.float32)
     student = Student(args, config, workers=1, vision=large.vision_model)
     processor = ImageProcessor.from_folder(args.out, config.vision)

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from generate import generate
-from model.config import Config, VisionConfig
+from model.config import VisionConfig
 from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles, visible_images
 from model.layers import rotary_angles, rotary_frequencies
@@ -26,6 +26,7 @@ from pruning import METHODS, Pruner, load
 from pruning.methods import sgl
 from pruning.methods.sgl import load_guide
 from report import Answer
+from weights import config_from_dict
 from weights.images import ImageProcessor
 
 
@@ -102,9 +103,9 @@ def small(randomise) -> Callable[..., LlamaVision]:
     @cache
     def make(seed: int, share: int = 2, cross: int = 2) -> LlamaVision:
         depth, looking = layers[cross]
-        config = Config.from_dict({
+        config = config_from_dict({
             "model_type": "mllama", "image_token_index": IMAGE,
-            "text_config": {"vocab_size": 60, "pad_token_id": 2, "hidden_size": 32,
+            "text_config": {"vocab_size": 60, "hidden_size": 32,
                             "intermediate_size": 48, "num_hidden_layers": depth, "num_attention_heads": 4,
                             "num_key_value_heads": 4 // share, "cross_attention_layers": looking},
             "vision_config": {"hidden_size": 16, "intermediate_size": 32, "attention_heads": 2,

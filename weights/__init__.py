@@ -1,13 +1,9 @@
-"""From files to a model: where a checkpoint lies (hub.py) and how it becomes a LlamaVision (load.py)."""
+"""From files to a model: a checkpoint (hub.py), its config.json (config_file.py), its weights (load.py)."""
+from weights.config_file import config_from_dict, read_config
 from weights.hub import LEARNED, find_checkpoint
-from weights.load import (
-    load_model,
-    official_state_dict,
-    parse_device,
-    parse_dtype,
-    save_model,
-    write_tensors,
-)
+from weights.load import load_model, parse_device, parse_dtype
+from weights.safetensors_file import write_tensors
+from weights.save import official_state_dict, save_model
 
-__all__ = ["LEARNED", "find_checkpoint", "load_model", "official_state_dict", "parse_device", "parse_dtype",
-           "save_model", "write_tensors"]
+__all__ = ["LEARNED", "config_from_dict", "find_checkpoint", "load_model", "official_state_dict",
+           "parse_device", "parse_dtype", "read_config", "save_model", "write_tensors"]

@@ -1,6 +1,6 @@
 """From what the user typed to a folder that holds a checkpoint: 'tiny', 'guide', a folder, or a hub id.
 
-    source ── find_checkpoint ─► folder ── read_config ─► Config ── (load.py) ─► LlamaVision
+    source ── find_checkpoint ─► folder ── (config_file.py) ─► Config ── (load.py) ─► LlamaVision
 
 The bundled checkpoints lie beside this file: tiny, and the smaller guide. A hub id is fetched into
 huggingface_hub's own cache, so HF_HOME, HF_HUB_OFFLINE, HF_TOKEN and its progress bars work as everywhere
@@ -8,7 +8,6 @@ else. Whatever cannot be read (another format, another model, a quantized checkp
 its weights are downloaded, in one line that says what to do instead.
 """
 import errno
-import json
 import os
 import re
 from pathlib import Path
@@ -23,7 +22,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from model.config import Config
+from weights.config_file import read_config
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
 LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
@@ -62,27 +61,6 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     _refuse_without_config(folder, text)
     read_config(folder)                                 # refuse a wrong model now, not after 20 GB of it
     return _download(text, revision, FILES)
-
-
-def read_config(folder: Path) -> Config:
-    """The Config of a checkpoint; ValueError with one line where it is another model or quantized."""
-    path = folder / "config.json"
-    config = Config.from_file(path)
-    data = json.loads(path.read_text(encoding="utf-8"))
-    for section in data, data.get("text_config") or {}:
-        if section.get("quantization"):                 # MLX: only group size and bits, no method
-            raise ValueError(f"{path}: {quantized('MLX')}")
-        details = section.get("quantization_config")
-        if details:
-            method = details.get("quant_method") if isinstance(details, dict) else details
-            raise ValueError(f"{path}: {quantized(method or 'by an unnamed method')}")
-    return config
-
-
-def quantized(method: str) -> str:
-    """What to say about a quantized checkpoint."""
-    method = " ".join(str(method).split())
-    return f"the checkpoint is quantized ({method}), which is not supported yet; use the bf16 checkpoint"
 
 
 def foreign_format(folder: Path) -> str | None:

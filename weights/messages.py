@@ -17,3 +17,14 @@ def quoted(value: object, most: int = 80) -> str:
         return one_line(repr(value), most)
     except (ValueError, RecursionError):        # Python refuses to write out very long whole numbers
         return f"a {type(value).__name__} too large to print"
+
+
+def named(path: object, most: int = 200) -> str:
+    """A path as it is shown: printable, and cut at its front where it is long: the end tells most."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path)[-most - 1:])
+    return text if len(text) <= most else "…" + text[1 - most:]
+
+
+def reason(error: OSError) -> str:
+    """Why a system call failed, in the system's words and without the file's name."""
+    return one_line(error.strerror or error)

@@ -37,7 +37,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.config import EXTRA_EMBEDDINGS, Config
+from model.config import EXTRA_EMBEDDINGS, Config, padding_id
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
 from pruning.attention import attention_received
@@ -175,7 +175,7 @@ def confidence(found: Tensor, again: Tensor) -> float:
 
 def padded(guide: LlamaVision, rows: list[list[int]]) -> Tensor:
     """Token ids of several lengths as one tensor [B, T]."""
-    longest, pad = max(map(len, rows)), guide.config.text.pad_token_id
+    longest, pad = max(map(len, rows)), padding_id(guide.config)
     filled = [row + [pad] * (longest - len(row)) for row in rows]
     return torch.tensor(filled, device=guide.lm_head.weight.device)
 

@@ -25,7 +25,7 @@ from model.config import Config, RopeScaling
 from model.image_tokens import Grid, Tiles
 from model.layers import rotary_frequencies
 from model.llama_vision import LlamaVision
-from weights import load_model
+from weights import config_from_dict, load_model
 
 SEEDS = range(24)
 RATIOS = {4: [[1, 1], [1, 2], [1, 3], [1, 4], [2, 1], [2, 2], [3, 1], [4, 1]],
@@ -120,7 +120,7 @@ def random_batch(config: Config, seed: int, draw) -> Batch:
 
 def build(config: MllamaConfig, randomise, seed: int,
           unused_tiles: float = 0.0) -> MllamaForConditionalGeneration:
-    vision = Config.from_dict(config.to_dict()).vision
+    vision = config_from_dict(config.to_dict()).vision
     return randomise(MllamaForConditionalGeneration(config), vision, seed, unused_tiles)
 
 
@@ -214,7 +214,7 @@ def test_same_logits(seed, randomise, draw, tmp_path):
 
 def test_the_seeds_cover_everything(draw):
     """The random draws above hold what they are said to hold."""
-    configs = [Config.from_dict(random_config(seed).to_dict()) for seed in SEEDS]
+    configs = [config_from_dict(random_config(seed).to_dict()) for seed in SEEDS]
     batches = [random_batch(config, seed, draw) for seed, config in zip(SEEDS, configs, strict=True)]
     rows = [(config.image_token_index, ids[:length].tolist(), len(grids))
             for config, batch in zip(configs, batches, strict=True)
@@ -292,7 +292,7 @@ def test_rotary_frequencies(scaling, theta):
     rope = {"rope_type": "default"} if scaling is None else {"rope_type": "llama3", **asdict(scaling)}
     config = MllamaConfig(text_config={"hidden_size": 256, "num_attention_heads": 2, "num_key_value_heads": 1,
                                        "rope_parameters": {**rope, "rope_theta": theta}})
-    ours = Config.from_dict(config.to_dict()).text
+    ours = config_from_dict(config.to_dict()).text
     assert ours.rope_scaling == scaling and ours.rope_theta == theta
     theirs = MllamaRotaryEmbedding(config.text_config).inv_freq
     torch.testing.assert_close(rotary_frequencies(ours, theirs.device), theirs, atol=0, rtol=2e-6)

@@ -16,15 +16,15 @@ import benchmark
 from benchmarks import measure, parts, tables, waterfall
 from benchmarks.peer import Peer
 from benchmarks.subject import SHAPES, Greedy, Subject, Timed, cut, fill, grid_of, random_model
-from model.config import Config
 from model.decoder import CrossAttentionLayer
 from pruning import Pruner, load
+from weights import config_from_dict
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-CONFIG = Config.from_dict({
+CONFIG = config_from_dict({
     "model_type": "mllama", "image_token_index": 60,
-    "text_config": {"vocab_size": 60, "pad_token_id": 2, "hidden_size": 32, "intermediate_size": 48,
+    "text_config": {"vocab_size": 60, "hidden_size": 32, "intermediate_size": 48,
                     "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2,
                     "cross_attention_layers": [1, 3], "max_position_embeddings": 512},
     "vision_config": {"hidden_size": 16, "intermediate_size": 32, "attention_heads": 2, "image_size": 28,

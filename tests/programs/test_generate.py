@@ -25,8 +25,8 @@ import generate as program
 import pruning
 from generate import Assistant, EncodedImages, Sampler, generate
 from model.cache import rounded_up
-from model.config import Config
 from model.llama_vision import LlamaVision
+from weights import read_config
 from weights.tokenizer import messages
 
 ROOT = Path(__file__).parents[2]
@@ -443,7 +443,7 @@ def test_dtype_is_that_of_the_weights_and_caches(run, wide):
 def test_sampling_from_the_command_line(run, monkeypatch, randomise):
     load = program.load_model
     monkeypatch.setattr(program, "load_model", lambda *args: randomise(
-        load(*args), Config.from_file(TINY / "config.json").vision, seed=2))
+        load(*args), read_config(TINY).vision, seed=2))
 
     def answer(*flags: str) -> list[int]:
         command = "--prompt", "What?", "--max-new-tokens", "10", "--json", "--dtype", "fp32"

@@ -20,7 +20,7 @@ CLOSE = {"atol": 1e-4, "rtol": 0}
 DIFFERENT = 1e-2
 STEPS = 4
 TEXT = TextConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-                  num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=(1, 3), pad_token_id=2)
+                  num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=(1, 3))
 SHAPES = {
     "plain": Config(VisionConfig(16, 32, 2, 3, 1, 28, intermediate_layers_indices=(1, 2)), TEXT, 60),
     # a tap of the first layer's input, one key/value head, stretched rotary frequencies, a padding token that

@@ -6,6 +6,7 @@ checkpoints hold is in tests/data/official_{11b,90b}_tensors.txt.gz, one `name d
 import gzip
 import json
 import re
+import resource
 import struct
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from model.config import Config
 from model.llama_vision import LlamaVision
-from weights.load import load_model, model_name, official_name, official_state_dict, save_model
+from weights import config_from_dict, load_model, official_state_dict, save_model
+from weights.names import model_name, official_name
 
 ROOT = Path(__file__).parents[2]
 DATA = Path(__file__).parents[1] / "model" / "data"
@@ -55,7 +56,7 @@ def official_tensors(name: str) -> dict[str, list[int]]:
 
 def small_tensors() -> dict[str, torch.Tensor]:
     with torch.device("meta"):
-        model = LlamaVision(Config.from_dict(SMALL))
+        model = LlamaVision(config_from_dict(SMALL))
     generator = torch.Generator().manual_seed(0)
     return {name: torch.randn(tensor.shape, generator=generator)
             for name, tensor in official_state_dict(model).items()}
@@ -172,16 +173,20 @@ def test_saving_needs_no_numpy_and_keeps_mixed_dtypes_aligned(tmp_path, monkeypa
         assert file.offset_keys()[0] == NORM                        # wide items before narrow ones
 
 
-def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+@pytest.fixture
+def small_disk():
+    """No file may grow beyond 20 kB: writing more fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, request):
     tensors = small_tensors()
     model = load_model(single(tmp_path, tensors))
-
-    def full_disk(path, tensors):
-        path.write_bytes(b"half")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("weights.load.write_tensors", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    request.getfixturevalue("small_disk")
+    with pytest.raises(OSError, match="File too large"):
         save_model(model, tmp_path)
     assert_equal(load_model(tmp_path), tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
@@ -262,7 +267,7 @@ def test_one_file_wins_over_an_index(sharded):
 @pytest.mark.parametrize("name", ["11b", "90b"])
 def test_official_names_and_shapes(name):
     with torch.device("meta"):
-        model = LlamaVision(Config.from_dict(official_config(name)))
+        model = LlamaVision(config_from_dict(official_config(name)))
     assert {n: list(t.shape) for n, t in official_state_dict(model).items()} == official_tensors(name)
     for own in model.state_dict():
         assert model_name(official_name(own)) == model_name(runtime(official_name(own))) == own
@@ -272,7 +277,7 @@ def test_the_448_pixel_base_differs_only_in_two_tables():
     config = official_config("11b")
     del config["vision_config"]["image_size"]
     with torch.device("meta"):
-        model = LlamaVision(Config.from_dict(config))
+        model = LlamaVision(config_from_dict(config))
     official = official_tensors("11b")
     shapes = {name: list(tensor.shape) for name, tensor in official_state_dict(model).items()}
     differing = {name: shape for name, shape in shapes.items() if shape != official[name]}
@@ -394,7 +399,8 @@ BAD = {                                                     # name: (how to spoi
     "quantized text part": (edit_config("text_config", quantization_config={"bits": 4}),
                             ["unnamed method", "not supported yet", "bf16"]),
     "MLX config": (edit_json("config.json", quantization={"group_size": 64, "bits": 4}), ["MLX", "bf16"]),
-    "absurd sizes": (edit_config("text_config", vocab_size=10 ** 18), ["config.json: no model has these"]),
+    "absurd sizes": (edit_config("vision_config", image_size=10 ** 9, patch_size=1, max_num_tiles=10 ** 9),
+                     ["config.json: no model has these"]),
     "sizes beyond 64 bits": (edit_config("text_config", vocab_size=10 ** 30), ["vocab_size", "no model has"]),
     "nothing but config": (keep_only("config.json"), ["no model.safetensors", INDEX]),
     "pickles": (then(keep_only("config.json"), write("pytorch_model-00001-of-00002.bin")),

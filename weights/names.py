@@ -1,0 +1,41 @@
+"""How checkpoints name their tensors, and what a name tells about the checkpoint.
+
+Official checkpoints and transformers' modules in memory name the same tensor differently; `LlamaVision` has
+short names of its own. `model_name` reads every spelling, `official_name` writes the official one.
+"""
+import re
+
+EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"        # in LlamaVision
+NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope_freqs(\.weight)?|rope\.freqs)$")
+QUANTIZED = (                                   # how names end where weights are quantized
+    (re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+)$"), "bitsandbytes 4-bit"),
+    (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes int8"),
+    (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
+    (re.compile(r"\.weight_packed$"), "compressed-tensors"),
+    (re.compile(r"\.(weight_scale(_\w+)?|input_scale)$"), "fp8 or int8 with weight scales"),
+    (re.compile(r"\.(scales|biases)$"), "MLX"),
+)
+
+
+def model_name(stored: str) -> str:
+    """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either)."""
+    while stored.startswith("model."):
+        stored = stored.removeprefix("model.")
+    stored = re.sub(r"^language_model\.model\.", "language_model.", stored)
+    return re.sub(r"^language_model\.lm_head\.", "lm_head.", stored)
+
+
+def official_name(name: str) -> str:
+    """The inverse of `model_name`: the name that official checkpoints use."""
+    name = re.sub(r"^language_model\.", "language_model.model.", name)
+    return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+
+
+def is_parameter(stored: str) -> bool:
+    """False for the rotary tables that some checkpoints store and no model needs."""
+    return not NOT_PARAMETERS.search(stored)
+
+
+def quantization_method(stored: str) -> str | None:
+    """The method that quantizes with tensors of such a name, or None for an ordinary name."""
+    return next((method for pattern, method in QUANTIZED if pattern.search(stored)), None)
