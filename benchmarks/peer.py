@@ -2,15 +2,18 @@
 
     Peer(model) ── encode ─► cross_attention_states ── prefill ─► logits, PeerCache ── decode ─► logits ...
 
-Its MllamaForConditionalGeneration on the parameters of a LlamaVision, without a second copy, run as its own
-`generate` runs it: its `prepare_inputs_for_generation` and `_update_model_kwargs_for_generation` give the
-inputs of every pass, `_prepare_static_cache` the static cache, `get_compiled_call` the compiled step. The
-loop around them (logits processors, stopping criteria, growing ids) is left out, which favours it. Its two
-deviations from Meta's reference stay as shipped: tapped features come one layer late, and text rows that see
-no image attend to all of it. `corrected` mends both, to check that outputs are equal. transformers is
-imported when a Peer is made. B batch, T text tokens, I images of a row, P tokens a tile, V vocabulary.
+Its MllamaForConditionalGeneration uses the parameters of a LlamaVision, without a second copy, and runs as in
+its own `generate`: the inputs of every pass come from its `prepare_inputs_for_generation`, the compiled step
+from its `get_compiled_call`, the caches are its DynamicCache and StaticCache. Only names that transformers
+documents are used; the one whose name differs between releases is looked up (`cache_argument`). What its
+`generate` does between two passes (logits processors, stopping criteria, growing ids) is left out, which
+favours it. Its two deviations from Meta's reference stay as shipped: tapped features come one layer late, and
+query positions that see no image attend to all of it. `corrected` corrects both, to check that outputs are
+equal. transformers is imported when a Peer is made.
+B batch, T text tokens, I images of a sequence, P tokens of a tile, D model width, V vocabulary.
 """
 import importlib
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -31,8 +34,10 @@ OLDEST = 5, 18                  # the first release whose static cache and compi
 @dataclass
 class PeerCache:
     """What its `generate` carries from one pass to the next."""
-    kwargs: dict                                # past_key_values, position_ids, cross_attention_mask, ...
-    forward: Callable                           # of one more token: eager, or compiled for a static cache
+    kv: object                                  # transformers' DynamicCache or StaticCache
+    position_ids: Tensor                        # [B, T] of the tokens of the next pass
+    mask: Tensor                                # [B, T, I, slots] 1 where they see a tile
+    forward: Callable                           # runs a decode step: eager, or compiled for a static cache
 
 
 class Peer:
@@ -56,9 +61,10 @@ class Peer:
         text = self.model.model.language_model
         with torch.device(model.lm_head.weight.device):         # its only buffers, and in no checkpoint
             text.rotary_emb = type(text.rotary_emb)(text.config)
-        # Its defaults, but an error where it would go on eagerly, unseen (a graph break, more than 8 shapes
-        # in a process), and each shape compiled for itself, as in a process of its own.
+        # Its defaults, with two changes. It raises an error where it would silently continue eagerly (a graph
+        # break, or more than 8 shapes in a process), and it compiles for each shape, as in a new process.
         self.compiling = self.transformers.CompileConfig(fullgraph=True, dynamic=False)
+        self.cache_argument = cache_argument(self.model)
         self.eager = False                      # True: a static cache is decoded without compiling
 
     @torch.no_grad()
@@ -75,73 +81,84 @@ class Peer:
     @torch.no_grad()
     def prefill(self, input_ids: Tensor, states: Tensor, grids: list[Grid], max_new_tokens: int,
                 static: bool = False) -> tuple[Tensor, PeerCache]:
-        """Read prompts [B, T] of equal length -> logits of the last row [B, V] fp32, and a cache.
+        """Read prompts [B, T] of equal length -> logits of the last position [B, V] fp32, and a cache.
 
-        `grids` are those of a row's images, the same for all rows; `states` [B·I, slots·P, D], or of one
-        row, then copied: there every row has its own. A static cache has room for `max_new_tokens` steps,
-        compiled unless `eager` is set. Raises ValueError where text, states and grids do not fit together.
+        `grids` are the tile grids of the images of a sequence, the same for all sequences. `states` are
+        [B·I, slots·P, D], or [I, slots·P, D], which are then copied for every sequence: transformers has no
+        shared images. A static cache has room for `max_new_tokens` steps, which are compiled unless `eager`
+        is set. Raises ValueError where text, states and grids do not fit together.
         """
         batch, length = input_ids.shape
         if not grids or len(states) not in (len(grids), batch * len(grids)):
-            raise ValueError(f"{len(states)} encoded images for {batch} rows of {len(grids)}: give one for "
-                             "each, or those of one row")
+            raise ValueError(f"{len(states)} encoded images for {batch} sequences with {len(grids)} images "
+                             "each: give one for each image, or those of one sequence")
         states = states.reshape(-1, len(grids) * states.shape[1], states.shape[2])
-        states = states.expand(batch, -1, -1).contiguous()          # a view would slow its projections down
-        positions = torch.arange(length, device=input_ids.device).repeat(batch, 1)
-        kwargs = {"past_key_values": self._new_cache(batch, len(grids), length + max_new_tokens, static),
-                  "cross_attention_mask": self._mask(input_ids, grids), "position_ids": positions,
-                  "attention_mask": None, "use_cache": True, "logits_to_keep": 1}       # no padding: None
-        inputs = self.model.prepare_inputs_for_generation(
-            input_ids, next_sequence_length=length, is_first_iteration=True, **kwargs)
-        outputs = self.model(**inputs, cross_attention_states=states, return_dict=True)
+        states = states.expand(batch, -1, -1).contiguous()      # [B, I·slots·P, D]; a view would be slower
         compiled = static and not self.eager
-        cache = PeerCache(kwargs, self.model.get_compiled_call(self.compiling) if compiled else self.model)
+        cache = PeerCache(
+            kv=self._new_cache(len(grids), length + max_new_tokens, static),
+            position_ids=torch.arange(length, device=input_ids.device).repeat(batch, 1),
+            mask=self._mask(input_ids, grids),
+            forward=self.model.get_compiled_call(self.compiling) if compiled else self.model)
+        inputs = self._inputs(input_ids, cache, first=True)
+        outputs = self.model(**inputs, cross_attention_states=states, return_dict=True)
         return self._advance(cache, outputs), cache
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, cache: PeerCache) -> Tensor:
-        """The logits [B, V] fp32 after one more token of each row [B]."""
-        inputs = self.model.prepare_inputs_for_generation(tokens[:, None], next_sequence_length=1,
-                                                          **cache.kwargs)
+        """The logits [B, V] fp32 after one more token of each sequence [B]."""
+        inputs = self._inputs(tokens[:, None], cache, first=False)
         return self._advance(cache, cache.forward(**inputs, return_dict=True))
 
+    def _inputs(self, input_ids: Tensor, cache: PeerCache, first: bool) -> dict:
+        """The arguments of the next pass, as its `generate` gets them. There is no padding to mask."""
+        return self.model.prepare_inputs_for_generation(
+            input_ids, next_sequence_length=input_ids.shape[1], is_first_iteration=first,
+            position_ids=cache.position_ids, attention_mask=None, cross_attention_mask=cache.mask,
+            use_cache=True, logits_to_keep=1, **{self.cache_argument: cache.kv})
+
     def _advance(self, cache: PeerCache, outputs) -> Tensor:
-        cache.kwargs = self.model._update_model_kwargs_for_generation(outputs, cache.kwargs, False)
+        """The logits [B, V] of a pass. The next token has the next position; it sees what the last one saw."""
+        cache.position_ids = cache.position_ids[:, -1:] + 1                 # [B, 1]
+        cache.mask = cache.mask[:, -1:]                                     # [B, 1, I, slots]
         return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)     # a CUDA graph reuses its output
 
     def _mask(self, input_ids: Tensor, grids: list[Grid]) -> Tensor:
-        """[B, T, I, slots] 1 where a text row may see a tile, as its processor gives it."""
+        """[B, T, I, slots] 1 where a query position sees a tile, as its processor gives it."""
         own = importlib.import_module("transformers.models.mllama.processing_mllama")
-        ranges = [own.get_cross_attention_token_mask(row, self.config.image_token_index)
-                  for row in input_ids.tolist()]
-        if wrong := [row for row, held in enumerate(ranges) if len(held) != len(grids)]:
-            raise ValueError(f"row {wrong[0]} has {len(ranges[wrong[0]])} image tokens in its text but "
+        ranges = [own.get_cross_attention_token_mask(ids, self.config.image_token_index)
+                  for ids in input_ids.tolist()]
+        if wrong := [b for b, images in enumerate(ranges) if len(images) != len(grids)]:
+            raise ValueError(f"sequence {wrong[0]} has {len(ranges[wrong[0]])} image tokens in its text but "
                              f"{len(grids)} images; give one for each")
         counts = [[rows * columns for rows, columns in grids]] * len(ranges)
         mask = own.convert_sparse_cross_attention_mask_to_dense(
             ranges, counts, self.config.vision.max_num_tiles, input_ids.shape[1])
         return torch.from_numpy(mask).to(input_ids.device)
 
-    def _new_cache(self, batch: int, images: int, capacity: int, static: bool):
+    def _new_cache(self, images: int, capacity: int, static: bool):
+        """An empty cache; a static one has `capacity` text tokens, and all tile slots of the images."""
+        text = self.model.config.get_text_config(decoder=True)
         if not static:
-            return self.transformers.DynamicCache(config=self.model.config.get_text_config(decoder=True))
-        self.model._previous_max_cache_length = -1      # else as long as the longest of earlier prompts
-        like = {"pixel_values": torch.empty(batch, images, device="meta")}      # it reads the shape only
-        return self.model._prepare_static_cache(cache_implementation="static", batch_size=batch,
-                                                max_cache_len=capacity, prefill_chunk_size=None,
-                                                model_kwargs=like)
+            return self.transformers.DynamicCache(config=text)
+        cache = self.transformers.StaticCache(config=text, max_cache_len=capacity)
+        vision = self.config.vision
+        image_tokens = images * vision.max_num_tiles * vision.tokens_per_tile
+        for i in self.config.text.cross_attention_layers:
+            cache.layers[i] = self.transformers.StaticLayer(max_cache_len=image_tokens)
+        return cache
 
     def image_kv_bytes(self, cache: PeerCache) -> int:
-        """Bytes that the keys and values of all tile slots hold, real tiles or not."""
-        layers = [cache.kwargs["past_key_values"].layers[i] for i in self.config.text.cross_attention_layers]
+        """Bytes of the keys and values of all tile slots, used or not."""
+        layers = [cache.kv.layers[i] for i in self.config.text.cross_attention_layers]
         return sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
 
     @contextmanager
     def corrected(self) -> Iterator[None]:
-        """Within it both deviations are mended by hooks, and a static cache is decoded eagerly."""
+        """A context in which hooks correct both deviations, and a static cache is decoded eagerly."""
         vision, text = self.model.model.vision_model, self.model.model.language_model
         hooks = [vision.transformer.register_forward_hook(tap_inputs)]
-        hooks += [text.layers[i].register_forward_hook(skip_blind_rows, with_kwargs=True)
+        hooks += [text.layers[i].register_forward_hook(skip_unseeing, with_kwargs=True)
                   for i in self.config.text.cross_attention_layers]
         self.eager = True
         try:
@@ -153,12 +170,12 @@ class Peer:
 
 
 def tap_inputs(module: nn.Module, inputs: tuple[Tensor], output):
-    """The states that enter each local vision layer in place of those that leave it."""
+    """Take the states that enter each local vision layer, not those that leave it."""
     output.hidden_states = (inputs[0], *output.hidden_states[:-1])
 
 
-def skip_blind_rows(module: nn.Module, inputs: tuple[Tensor], kwargs: dict, output: Tensor) -> Tensor:
-    """Text rows that see no image leave a cross-attention layer as they entered it."""
+def skip_unseeing(module: nn.Module, inputs: tuple[Tensor], kwargs: dict, output: Tensor) -> Tensor:
+    """Query positions that see no image leave a cross-attention layer as they entered it."""
     return torch.where(kwargs["full_text_row_masked_out_mask"][:, 0].bool(), output, inputs[0])
 
 
@@ -176,6 +193,11 @@ def import_transformers() -> ModuleType:
     return transformers
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the forward of this release calls its cache: `cache` since 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def their_name(official: str) -> str:
     """A parameter's name in MllamaForConditionalGeneration, from its name in official checkpoints."""
     name = model_name(official)
@@ -183,7 +205,7 @@ def their_name(official: str) -> str:
 
 
 def their_config(config: Config, transformers: ModuleType):
-    """Our Config as a MllamaConfig, for sdpa. Tied weights are assigned like others, so nothing is tied."""
+    """Our Config as a MllamaConfig, for sdpa. No weights are tied in it: each is assigned by its name."""
     vision, text = asdict(config.vision), asdict(config.text)
     vision["attention_heads"] = vision.pop("num_attention_heads")
     vision["vision_output_dim"] = config.vision.output_dim

@@ -150,22 +150,23 @@ def test_like_its_own_generate(plain, draw, monkeypatch, batch, static):
     torch.testing.assert_close(logits, torch.stack(expected.logits), atol=1e-5, rtol=0)
     assert len(run) == len(inputs) == STEPS + 1
     pixels = {"pixel_values", "aspect_ratio_ids", "aspect_ratio_mask"}
-    seen = {name: value for name, value in given(inputs[0]).items() if name not in pixels}
-    assert {name: value for name, value in given(run[0]).items() if name != "cross_attention_states"} == seen
-    assert list(map(given, run[1:])) == list(map(given, inputs[1:]))
-    caches = [call[-1]["past_key_values"] for call in (run, inputs)]
+    seen = {name: value for name, value in given(inputs[0], peer).items() if name not in pixels}
+    passed = {name: value for name, value in given(run[0], peer).items() if name != "cross_attention_states"}
+    assert passed == seen
+    assert [given(call, peer) for call in run[1:]] == [given(call, peer) for call in inputs[1:]]
+    caches = [call[-1][peer.cache_argument] for call in (run, inputs)]
     assert type(caches[0]) is type(caches[1]) and caches[0] is not caches[1]
     held = [[(type(layer), layer.keys.shape) for layer in cache.layers] for cache in caches]
     assert held[0] == held[1]
 
 
-def given(call: dict) -> dict:
-    """The arguments of a pass that say something, the cache apart, in a form that compares."""
+def given(call: dict, peer: Peer) -> dict:
+    """The arguments of a pass that are not None, without the cache, in a form that can be compared."""
     return {name: (value.tolist(), value.stride()) if isinstance(value, Tensor) else value
-            for name, value in call.items() if value is not None and name != "past_key_values"}
+            for name, value in call.items() if value is not None and name != peer.cache_argument}
 
 
-def test_logits_of_the_last_row_only(plain, draw):
+def test_logits_of_the_last_position_only(plain, draw):
     ours, peer = plain
     tiles, shapes = draw([(1, 1)], ours.config.vision), []
     hook = peer.model.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(args[0].shape))
@@ -175,7 +176,7 @@ def test_logits_of_the_last_row_only(plain, draw):
 
 
 def test_images_of_their_own(plain, draw):
-    """A image for each row gives what each row gives alone."""
+    """An image for each sequence gives what each sequence gives alone."""
     ours, peer = plain
     ids, grids = prompts(ours.config, 2), [(1, 1)]
     tiles = draw(grids * 2, ours.config.vision)
@@ -227,9 +228,10 @@ def test_without_transformers(randomise, monkeypatch, package, words):
 def test_bad_input(plain, draw):
     ours, peer = plain
     ids, states = prompts(ours.config, 3), peer.encode(draw([(1, 1)] * 2, ours.config.vision))
-    for given_states, grids, words in ((states, [(1, 1)], "2 encoded images for 3 rows of 1"),
-                                       (states, [(1, 1)] * 2, "row 0 has 1 image tokens in its text but 2"),
-                                       (states[:0], [], "0 encoded images")):
+    for given_states, grids, words in (
+            (states, [(1, 1)], "2 encoded images for 3 sequences with 1"),
+            (states, [(1, 1)] * 2, "sequence 0 has 1 image tokens in its text but 2"),
+            (states[:0], [], "0 encoded images")):
         with pytest.raises(ValueError, match=words) as error:
             peer.prefill(ids, given_states, grids, 1)
         assert "\n" not in str(error.value)
