@@ -118,7 +118,7 @@ class Peer:
             use_cache=True, logits_to_keep=1, **{self.cache_argument: cache.kv})
 
     def _advance(self, cache: PeerCache, outputs) -> Tensor:
-        """The logits [B, V] of a pass. The next token has the next position; it sees what the last one saw."""
+        """The logits [B, V] of a pass. The next token has the next position and sees what the last did."""
         cache.position_ids = cache.position_ids[:, -1:] + 1                 # [B, 1]
         cache.mask = cache.mask[:, -1:]                                     # [B, 1, I, slots]
         return outputs.logits[:, -1].to(copy=True, dtype=torch.float32)     # a CUDA graph reuses its output
