@@ -1,5 +1,5 @@
-"""The built-in world: drawn images of coloured shapes with questions whose answers are known.
+"""The built-in world: drawn images of coloured shapes, and questions whose answers are known.
 
-`draw` makes a Scene and its image, `questions` asks about a Scene. The images train the bundled
-checkpoint and measure what pruning costs, without any download.
+`draw` makes a Scene and its image, `questions` asks about a Scene. They train the bundled checkpoint and
+measure what pruning costs, without any download.
 """

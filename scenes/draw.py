@@ -1,10 +1,9 @@
 """Scenes of coloured shapes, and their images.
 
-First of the built-in world: `make_scene` invents a Scene (a few numbers, no pixels), `draw` turns it into an
-RGB image for the image processor, `scenes.questions` asks about it. A Scene holds all that its image
-depends on, so the same Scene always gives the same pixels. The content of a scene decides by its checksum
-whether it is one for training, validation or testing: no two splits can share a scene, whatever indices they
-are asked for. Positions are pixels from the top left corner; rows x columns counts tiles, as everywhere.
+`make_scene` invents a Scene (a few numbers, no pixels), `draw` turns it into an RGB image for the image
+processor, and `scenes.questions` asks about it. The same Scene always gives the same pixels. A checksum of
+its content decides whether a scene is for training, validation or testing, so no two splits can share one.
+Positions are pixels from the top left corner; rows x columns counts tiles.
 """
 import math
 import random
@@ -23,15 +22,15 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "heart", "ring", "moo
 COLOURS = {"red": (214, 28, 34), "orange": (250, 134, 14), "yellow": (252, 224, 26), "green": (34, 156, 54),
            "blue": (30, 82, 220), "purple": (116, 34, 168), "pink": (252, 142, 194), "brown": (116, 66, 30),
            "black": (20, 20, 22), "white": (248, 248, 248)}
-CHARACTERS = "ABCDEFGHJKLMNPRSTUVXYZ23456789"       # without those that look alike: O I Q W 0 1
-SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}    # shares of checksum % 10
+CHARACTERS = "ABCDEFGHJKLMNPRSTUVXYZ23456789"       # none of O I Q W 0 1, which look alike
+SPLITS = {"train": range(0, 8), "validation": range(8, 9), "test": range(9, 10)}    # of checksum % 10
 DIRECTIONS = {"horizontal": (0, 1, 0, 1), "vertical": (0, 0, 1, 1), "falling": (0, 0.5, 0.5, 1),
               "rising": (0.5, 1, 0, 0.5)}       # how much of the second colour is in each corner
 
-TILT = 25.0             # degrees that a shape is turned at most, either way
-MARGIN = 2.0            # free pixels around a shape: to the edge, and twice that to its neighbour
-MIN_GLYPH = 14.0        # pixels; a character or digit lower than this is hard to read
-ZOOM = 2                # drawn this much larger, then averaged: antialiasing
+TILT = 25.0             # degrees: the most that a shape is turned, to either side
+MARGIN = 2.0            # free pixels between a shape and the edge; between two shapes twice as many
+MIN_GLYPH = 14.0        # pixels; a lower character or digit is hard to read
+ZOOM = 2                # shapes are drawn this much larger and then averaged: antialiasing
 
 
 @dataclass(frozen=True)
@@ -44,7 +43,7 @@ class Thing:
     radius: float
     angle: float
     character: str | None
-    rgb: Colour             # the colour as drawn, a little beside COLOURS[colour]
+    rgb: Colour             # the colour as drawn, close to COLOURS[colour]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that an image depends on; it measures width x height pixels, at most columns x rows of tiles."""
+    """Everything that an image depends on. Width and height are pixels, rows and columns are tiles."""
     rows: int
     columns: int
     width: int
@@ -74,7 +73,7 @@ class Scene:
 
 
 def make_scene(split: str, index: int, ratio: tuple[int, int] | None = None, tile: int = 112) -> Scene:
-    """The scene number `index` of a split; `ratio` is its (rows, columns) of tiles, None any of the eight.
+    """The scene number `index` of a split. `ratio` is its (rows, columns) of tiles; None: any of the eight.
 
     Raises ValueError for an unknown split or ratio, a negative index, or a tile too small to draw in.
     """
@@ -101,15 +100,15 @@ def split_of(scene: Scene) -> str:
 
 
 def fingerprint(scene: Scene) -> int:
-    """A checksum of what is where, to the pixel; background, noise and shades leave it unchanged."""
+    """A checksum of what is where, to the pixel. Background, noise and shades do not change it."""
     things = sorted((t.shape, t.colour, t.character or "", round(t.x), round(t.y)) for t in scene.things)
     return zlib.crc32(repr((scene.rows, scene.columns, things, scene.sign and scene.sign.text)).encode())
 
 
 def _invent(rng: random.Random, rows: int, columns: int, tile: int) -> Scene | None:
-    """One attempt at a scene; None where the shapes found no room."""
+    """One attempt at a scene; None if the shapes found no room."""
     width, height = columns * tile, rows * tile
-    if rng.random() < 0.25:         # below 0.75 four tiles would fit into three, another canvas
+    if rng.random() < 0.25:         # not below 0.75: four tiles would fit on a canvas of three
         width, height = (round(side * rng.uniform(0.85, 1.0)) for side in (width, height))
     count = rng.randint(1, {1: 3, 2: 4, 3: 5, 4: 6}[rows * columns])
     sign = _invent_sign(rng, width, height, tile) if rng.random() < 0.5 else None
@@ -128,7 +127,7 @@ def _invent(rng: random.Random, rows: int, columns: int, tile: int) -> Scene | N
 
 
 def _muted(rng: random.Random) -> Colour:
-    """A greyish colour of middle brightness, so that black and white both stand out against it."""
+    """A greyish colour of medium brightness: both black and white stand out against it."""
     hue, saturation, value = rng.random(), rng.uniform(0.02, 0.2), rng.uniform(0.5, 0.78)
     return tuple(round(255 * c) for c in hsv_to_rgb(hue, saturation, value))
 
@@ -143,7 +142,7 @@ def _invent_sign(rng: random.Random, width: int, height: int, tile: int) -> Sign
 
 
 def _invent_pairs(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Distinct (shape, colour) pairs; in a third of all scenes some shape or colour occurs more than once."""
+    """Distinct (shape, colour) pairs. In a third of all scenes some shape or colour occurs more than once."""
     repeats = ("shape", "colour", "both")[:3 if count > 2 else 2]   # two things cannot share both
     repeated = rng.choice(repeats) if count > 1 and rng.random() < 0.42 else ""
     while True:
@@ -163,7 +162,7 @@ def _pick(rng: random.Random, names: tuple[str, ...], count: int, repeated: bool
 
 def _find_place(rng: random.Random, things: list[Thing], sign: Sign | None, width: int, height: int,
                 largest: float) -> tuple[float, float, float] | None:
-    """(x, y, radius) clear of everything that is placed already; None after 60 vain attempts."""
+    """(x, y, radius) that touches nothing placed before; None after 60 attempts."""
     for attempt in range(60):
         radius = round(rng.uniform(18.0, max(20.0, largest * (1 - attempt / 60))), 1)
         edge = radius + MARGIN
@@ -175,7 +174,7 @@ def _find_place(rng: random.Random, things: list[Thing], sign: Sign | None, widt
 
 
 def _distance(x: float, y: float, sign: Sign) -> float:
-    """From a point to the nearest point of the board."""
+    """From a point to the nearest point of the board, in pixels."""
     return math.hypot(max(0.0, abs(x - sign.x) - sign.width / 2), max(0.0, abs(y - sign.y) - sign.height / 2))
 
 
@@ -197,7 +196,7 @@ def draw(scene: Scene) -> Image.Image:
 
 @contextmanager
 def _enlarged(image: Image.Image, x: float, y: float, wide: float, high: float):
-    """A part of the image to draw on, ZOOM times larger, and (x, y) in it; averaged back afterwards."""
+    """A part of the image to draw on, ZOOM times larger, and (x, y) in it. It is averaged back afterwards."""
     left, top = math.floor(x - wide - 1), math.floor(y - high - 1)
     patch = image.crop((left, top, math.ceil(x + wide + 1), math.ceil(y + high + 1)))
     patch = patch.resize((patch.width * ZOOM, patch.height * ZOOM), Image.Resampling.NEAREST)
@@ -206,7 +205,7 @@ def _enlarged(image: Image.Image, x: float, y: float, wide: float, high: float):
 
 
 def _gradient(scene: Scene) -> Image.Image:
-    """The background, enlarged from its four corners."""
+    """The background: a gradient between its four corners."""
     first, last = scene.background
     corners = Image.new("RGB", (2, 2))
     corners.putdata([tuple(round(a + (b - a) * share) for a, b in zip(first, last, strict=True))
@@ -226,7 +225,7 @@ def _draw_thing(image: Image.Image, x: float, y: float, thing: Thing):
         pen.ellipse((box[0] + ZOOM, box[1] + ZOOM, box[2] - ZOOM, box[3] - ZOOM), outline=thing.rgb,
                     width=width - 2 * ZOOM)
     else:
-        reach, angle = radius - ZOOM / 2, math.radians(thing.angle)     # half of the dark line lies outside
+        reach, angle = radius - ZOOM / 2, math.radians(thing.angle)     # half of the outline lies outside
         cos, sin = reach * math.cos(angle), reach * math.sin(angle)
         points = [(x + cos * a - sin * b, y + sin * a + cos * b) for a, b in _outline(thing.shape)]
         pen.polygon(points, fill=thing.rgb)
@@ -235,7 +234,7 @@ def _draw_thing(image: Image.Image, x: float, y: float, thing: Thing):
         height = glyph_height(thing) * ZOOM
         bright = 0.299 * thing.rgb[0] + 0.587 * thing.rgb[1] + 0.114 * thing.rgb[2] > 130
         ink = (0, 0, 0) if bright else (255, 255, 255)
-        _draw_text(image, thing.character, x, y, height, thing.rgb, halo=ZOOM)  # it may stick out
+        _draw_text(image, thing.character, x, y, height, thing.rgb, halo=ZOOM)     # around the ink
         _draw_text(image, thing.character, x, y, height, ink)
 
 
@@ -253,14 +252,14 @@ def glyph_height(thing: Thing) -> float:
 
 
 def _draw_text(image: Image.Image, text: str, x: float, y: float, height: float, rgb: Colour, halo: int = 0):
-    """Text centred on its ink, so that a 7 and an L sit alike in their shapes."""
+    """Text centred on its ink, so that every character is in the middle of its shape."""
     mask = _text_mask(text, round(height), halo)
     image.paste(rgb, (round(x - mask.width / 2), round(y - mask.height / 2)), mask)
 
 
 @lru_cache(maxsize=8192)
 def _text_mask(text: str, height: int, halo: int) -> Image.Image:
-    """Text with capitals `height` pixels high as a mask cut to its ink; `halo` makes it fatter all round."""
+    """Text with capitals `height` pixels high, as a mask cut to its ink; `halo` makes all strokes thicker."""
     bold = height / 24
     font = _font(round((height - 2 * bold) / 0.716, 1))     # 0.716: a capital's height in the bundled font
     mask = Image.new("L", (round(height * (len(text) + 1)), 2 * height + 8 * halo))
@@ -276,7 +275,7 @@ def _font(size: float) -> ImageFont.FreeTypeFont:
 
 @lru_cache(maxsize=len(SHAPES))
 def _outline(shape: str) -> tuple[tuple[float, float], ...]:
-    """The corners of an unturned shape around (0, 0), the farthest at distance 1; y points down."""
+    """The corners of a shape around (0, 0) before it is turned, the farthest at distance 1; y points down."""
     turn = 2 * math.pi
     if shape == "square":
         points = [(-1, -1), (1, -1), (1, 1), (-1, 1)]

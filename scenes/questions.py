@@ -1,12 +1,13 @@
 """Questions about a scene, with their answers.
 
-Second of the built-in world: `scenes.draw` invents a Scene, `ask` and `questions` ask about it, training and
-evaluation pair the texts with the image. A question is asked only where the scene leaves one answer: a
-name such as "the heart" or "the red thing" fits exactly one shape, and near ties in position are left out.
-Answers are short and in lower case, but for the characters on shapes. The sign is not a shape.
+`scenes.draw` invents a Scene, `ask` and `questions` ask about it, and training and evaluation pair the texts
+with the image. A question is asked only if the scene has one right answer: a name such as "the heart" or
+"the red thing" fits exactly one shape, and near ties in position are left out. Answers are short and in lower
+case, except for the characters on shapes. The sign is not a shape.
 
-A description reads ITEM, ITEM and ITEM, and a sign that says NUMBER; an item is "a red heart" or "a red heart
-with K"; the clause of the sign is there only where the sign is, and is always set off by ", and".
+A description reads: ITEM, ITEM and ITEM, and a sign that says NUMBER. An item is "a red heart" or "a red
+heart with K". The part about the sign is there if the scene has a sign, and always begins with ", and". The
+texts say "picture" where all else says image: the bundled checkpoint was trained on these words.
 """
 import random
 from collections import Counter
@@ -30,7 +31,7 @@ class Question:
 
 
 def ask(scene: Scene, rng: random.Random, kind: str) -> Question | None:
-    """One question of a kind, or None where this scene has no unambiguous one.
+    """One question of a kind, or None if this scene has no unambiguous one.
 
     Raises ValueError for an unknown kind.
     """
@@ -43,8 +44,8 @@ def ask(scene: Scene, rng: random.Random, kind: str) -> Question | None:
 def questions(scene: Scene, seed: int, count: int) -> list[Question]:
     """Up to `count` different questions, the same for the same scene and seed; a description comes last.
 
-    Every kind is asked once before any is asked again, `sign` and `describe` once at most. Fewer than `count`
-    come back only where a poor scene has no more to ask. Raises ValueError for a negative count.
+    Every kind is asked once before any is asked again; `sign` and `describe` are asked at most once. Fewer
+    than `count` are returned if the scene has no more to ask. Raises ValueError for a negative count.
     """
     if count < 0:
         raise ValueError(f"cannot ask {count} questions; give a count of 0 or more")
@@ -60,7 +61,7 @@ def questions(scene: Scene, seed: int, count: int) -> list[Question]:
     return sorted(asked.values(), key=lambda question: question.kind == "describe")     # a stable sort
 
 
-# ----- one function a kind: (text, answer), or None
+# ----- one function for each kind: (text, answer), or None
 
 
 def _colour(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
@@ -105,14 +106,14 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
                          + [(colours[c], f"{c} shapes") for c in COLOURS]):
         by_answer.setdefault(number, []).append(name)
     answers = sorted(by_answer)
-    weights = [{0: 0.1, 1: 0.35}.get(number, 1.0) for number in answers]    # or most would be 1
+    weights = [{0: 0.1, 1: 0.35}.get(number, 1.0) for number in answers]    # else most answers would be 1
     number = rng.choices(answers, weights)[0]
     name = rng.choice(by_answer[number])
     return rng.choice((f"How many {name} are there?", f"Count the {name}.")), str(number)
 
 
 def _exists(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
-    """A yes and a no are equally likely for each of the forms, so that the form gives nothing away."""
+    """Yes and no are equally likely in each form of question, so the form does not give the answer away."""
     yes = rng.random() < 0.5
     form = rng.choice(("pair", "pair", "pair", "shape", "colour", "sign"))
     if form == "sign" and yes == (scene.sign is not None):
@@ -131,7 +132,7 @@ def _exists(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 
 
 def _pair(scene: Scene, rng: random.Random, present: bool) -> tuple[str, str]:
-    """A (colour, shape) in the image, or one not there: mostly one thing's colour and another's shape."""
+    """A (colour, shape) in the image, or one that is not: mostly one thing's colour and another's shape."""
     there = {(t.colour, t.shape) for t in scene.things}
     if present:
         return rng.choice(sorted(there))
@@ -196,7 +197,7 @@ def _describe(scene: Scene, rng: random.Random) -> tuple[str, str] | None:
 _ASKERS = {"colour": _colour, "shape": _shape, "character": _character, "count": _count, "exists": _exists,
            "where": _where, "relation": _relation, "sign": _sign, "describe": _describe}
 KINDS = tuple(_ASKERS)
-# How early a kind is asked: what many scenes lack comes first where it can be had, so that kinds even out.
+# How early a kind is asked. What many scenes lack is asked first if possible, so that kinds are balanced.
 _WEIGHTS = {"colour": 0.9, "shape": 0.9, "character": 1.7, "count": 0.85, "exists": 0.85, "where": 1.2,
             "relation": 1.7, "sign": 3.2, "describe": 1.5}
 
@@ -205,23 +206,23 @@ _WEIGHTS = {"colour": 0.9, "shape": 0.9, "character": 1.7, "count": 0.85, "exist
 
 
 def _unique(scene: Scene, shape: str | None = None, colour: str | None = None) -> bool:
-    """Whether exactly one thing has this shape, or this colour."""
+    """Whether exactly one thing has this shape or this colour."""
     return sum(shape in (None, t.shape) and colour in (None, t.colour) for t in scene.things) == 1
 
 
 def _name(scene: Scene, thing: Thing) -> str:
-    """What to call a thing: its shape where that is enough, else its colour and shape, which always are."""
+    """What to call a thing: its shape if that is unique, else its colour and shape, which always are."""
     return thing.shape if _unique(scene, shape=thing.shape) else f"{thing.colour} {thing.shape}"
 
 
 def _readable(scene: Scene) -> Iterable[Thing]:
-    """Things that their character singles out; not if the sign shows that digit too."""
+    """Things that can be named by their character: not if the sign shows that digit too."""
     taken = scene.sign.text if scene.sign else ""
     return (t for t in scene.things if t.character and t.character not in taken)
 
 
 def _contested(scene: Scene, colour: str) -> bool:
-    """Whether something that is not a shape may have this colour: the board, its frame, a character."""
+    """Whether something that is not a shape may have this colour: the sign, its frame or a character."""
     on_sign = scene.sign is not None and colour in ("yellow", "white", "orange", "brown", "black")
     return on_sign or (colour in ("black", "white") and any(t.character for t in scene.things))
 

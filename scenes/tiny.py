@@ -1,9 +1,9 @@
 """What the bundled checkpoint is: a small Llama-3.2-Vision of the real architecture, and its tokenizer.
 
-Every mechanism of the big models is here in miniature: tiles, local and gated global layers, tapped states,
-gated cross-attention between self-attention layers, llama3 rotary scaling, the Llama-3 special tokens and
-chat format. Only the sizes differ. `write_folder` leaves everything but the weights, laid out as a hub
-repository is.
+It has every mechanism of the large models: tiles, local and gated global layers, tapped states, gated
+cross-attention between self-attention layers, llama3 rotary scaling, the Llama-3 special tokens and chat
+format. Only the sizes differ. `write_folder` writes everything except the weights, laid out like a hub
+repository.
 """
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from model.config import Config
 from scenes.draw import COLOURS, SHAPES, make_scene
 from scenes.questions import questions
 from weights import config_from_dict
+from weights.files import replacing
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
@@ -21,7 +22,7 @@ IMAGE_TOKEN = "<|image|>"
 VOCABULARY = 640
 TILE = 112          # pixels
 PATCH = 16
-# How Llama 3 cuts text before byte-pair merging. Source: `tokenizer.py` of Meta's reference.
+# How Llama 3 splits text before byte-pair merging. Source: `tokenizer.py` of Meta's reference.
 LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
                 r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
@@ -59,8 +60,8 @@ def tiny_config() -> Config:
 
 
 def train_tokenizer(images: int = 2000) -> Tokenizer:
-    """Byte-level BPE over the questions and answers of the training scenes; digits stay single, any text is
-    possible."""
+    """Byte-level BPE over the questions and answers of the training scenes. Every digit is a token, and any
+    text can be encoded."""
     tokenizer = Tokenizer(models.BPE(ignore_merges=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
         pre_tokenizers.Split(Regex(LLAMA3_SPLIT), "isolated"),
@@ -86,10 +87,11 @@ def _corpus(images: int):
 
 
 def write_folder(folder: Path, config: dict | None = None):
-    """Everything of a checkpoint but its weights; `config` is that of tiny if not given."""
+    """Write a checkpoint without its weights; `config` is that of tiny if not given."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()
-    tokenizer.save(str(folder / "tokenizer.json"))
+    with replacing(folder / "tokenizer.json") as partial:
+        tokenizer.save(str(partial))
     config = config or config_json()
     text = config["text_config"]
     files = {
@@ -107,6 +109,7 @@ def write_folder(folder: Path, config: dict | None = None):
             "eos_token": "<|eot_id|>", "pad_token": "<|finetune_right_pad_id|>"},
     }
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        with replacing(folder / name) as partial:
+            partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,10 +1,10 @@
-"""Trains the bundled checkpoint from nothing: `python -m scenes.train`.
+"""Trains the bundled checkpoint from random weights: `python -m scenes.train`.
 
-Every step, each worker draws fresh scenes of one ratio of tiles, reads their conversations with the plain
-model, and learns the answers; the workers share gradients. Weights are kept in fp32 and used in bf16.
-Progress goes to the terminal and to RUN/log.csv, the state to RUN/state.pt every few minutes; the same
-command again goes on from there. At the end the weights are written to OUT in the official layout. On 2 CPU
-cores this takes about two hours.
+In every step each worker draws new scenes of one ratio of tiles, reads their conversations with the model and
+learns the answers; the workers share gradients. Weights are kept in fp32 and used in bf16. Progress goes to
+the terminal and to RUN/log.csv. Every few minutes the state goes to RUN/state.pt, from which the same command
+continues. At the end the weights are written to OUT in the official layout. On 2 CPU cores this takes about
+two hours.
 """
 import argparse
 import math
@@ -23,14 +23,15 @@ from model.config import Config
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
 from scenes.draw import RATIOS
-from scenes.lessons import CHARACTER_LABELS, COLOUR_LABELS, DIGITS, SHAPE_LABELS, Batch, Lessons
+from scenes.lessons import Batch, Lessons, PatchReader
 from scenes.tiny import tiny_config, train_tokenizer, write_folder
 from weights import save_model
+from weights.files import replacing
 from weights.images import ImageProcessor
 
-GATE = 1.0   # of every tanh gate, held there: free gates fall, and the first cross-attention layer goes blind
-FIRST_ALONE = 0.2           # share of steps with the later cross-attention layers shut: the first must read
-VISION_FIRST = 0.4          # share of steps in which the vision encoder learns alone, by the patches
+GATE = 1.0                  # all tanh gates stay there: trained ones close, and the first layer stops reading
+FIRST_ALONE = 0.2           # share of steps with the later cross-attention layers closed: the first must read
+VISION_FIRST = 0.4          # share of steps in which only the vision encoder learns, from the patches
 LENGTH = 128                # text tokens of a conversation
 LOG_EVERY, SAVE_EVERY = 100, 500                # steps
 
@@ -48,32 +49,8 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-class PatchReader(nn.Module):
-    """What a patch shows, read linearly off its image token; thrown away after training."""
-
-    def __init__(self, width: int):
-        super().__init__()
-        self.sizes = {"shape": len(SHAPE_LABELS), "colour": len(COLOUR_LABELS),
-                      "character": len(CHARACTER_LABELS), **{f"digit{i}": 11 for i in range(DIGITS)}}
-        self.head = nn.Linear(width, 2 + sum(self.sizes.values()))
-
-    def forward(self, features: Tensor, labels: dict[str, Tensor]) -> Tensor:
-        """features [P, N, D], the labels of `patch_labels` -> their summed loss."""
-        labels = {name: label.flatten(0, 1) for name, label in labels.items()}
-        x, shape = features.float().flatten(0, 1), labels["shape"]
-        place, *scores = self.head(x).split([2, *self.sizes.values()], dim=-1)
-        loss = 10 * F.mse_loss(place, labels["place"])
-        rare = torch.where(shape > 0, 1.0, 0.1)                     # most patches show nothing
-        sign = shape == SHAPE_LABELS.index("sign")
-        for name, score in zip(self.sizes, scores, strict=True):
-            each = F.cross_entropy(score, labels[name], reduction="none")
-            counts = rare if name == "shape" else (sign if "digit" in name else (shape > 0) & ~sign).float()
-            loss = loss + (each * counts).sum() / counts.sum().clamp(min=1)
-        return loss
-
-
 def initialise(model: LlamaVision):
-    """Scaled normal weights, open gates, and position tables that tell from the start where a patch is."""
+    """Scaled normal weights, open gates, and position tables that say from the start where a patch is."""
     depth = len(model.language_model.layers)
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -97,7 +74,7 @@ def initialise(model: LlamaVision):
 
 
 def place_waves(rows: int, columns: int, side: int, width: int) -> Tensor:
-    """Sines and cosines of each token's place, in tiles and in shares of the image: [tiles, P, width]."""
+    """Sines and cosines of where each token is, in tiles and in shares of the image: [tiles, P, width]."""
     tile = torch.arange(rows * columns)
     patch = (torch.arange(side) + 0.5) / side
     y = ((tile // columns)[:, None, None] + patch[:, None]).expand(-1, side, side).flatten(1)    # in tiles
@@ -106,7 +83,7 @@ def place_waves(rows: int, columns: int, side: int, width: int) -> Tensor:
     waves = [torch.cat(((place * scale)[..., None] * frequencies,
                         (place * scale)[..., None] * frequencies + math.pi / 2), -1).sin()
              for place, scale in ((y, 1), (x, 1), (y, 2 / rows), (x, 2 / columns))]
-    return F.pad(torch.cat(waves, -1), (0, 0, 1, 0))                                  # class tokens: no place
+    return F.pad(torch.cat(waves, -1), (0, 0, 1, 0))                                   # class tokens: zeros
 
 
 class Optimisers:
@@ -122,7 +99,7 @@ class Optimisers:
         self.top = [group["lr"] for optimiser in self.all for group in optimiser.param_groups]
 
     def step(self, share: float, warm: float = 0.008, flat: float = 0.5):
-        """`share` of the run is over: warm up, stay flat, then a cosine to 1 %."""
+        """One step when `share` of the run is over: warm-up, then constant, then a cosine down to 1 %."""
         fall = max(0.0, (share - flat) / (1 - flat))
         scale = min(1.0, share / warm + 1e-3) * (0.01 + 0.99 * (1 + math.cos(math.pi * fall)) / 2)
         groups = [group for optimiser in self.all for group in optimiser.param_groups]
@@ -134,7 +111,7 @@ class Optimisers:
 
 def losses(model: LlamaVision, reader: PatchReader, batch: Batch, device: str,
            vision_only: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Of the answers, of the patches, and the share of answer tokens that were right."""
+    """The loss of the answers, the loss of the patches, and the share of answer tokens that are right."""
     image = model.encode(batch.tiles)
     patches = reader(image.features, {name: label.to(device) for name, label in batch.patches.items()})
     if vision_only:
@@ -159,14 +136,15 @@ def share_gradients(parameters: list[nn.Parameter], workers: int):
 
 
 class Student:
-    """The model that learns, in fp32 (`master`) and as it is used, in bf16 (`model`), and what teaches it.
+    """The model that learns, in fp32 (`master`) and in bf16 (`model`), and its optimisers.
 
-    Where a `vision` encoder is given, it is taken, and does not learn.
+    If a `vision` encoder is given, its weights are used and do not learn.
     """
 
     def __init__(self, args: argparse.Namespace, config: Config, workers: int,
                  vision: VisionEncoder | None = None):
-        self.device, self.workers = args.device, workers
+        self.device = args.device
+        self.workers = workers
         self.master = LlamaVision(config)
         initialise(self.master)
         if vision is not None:
@@ -188,13 +166,13 @@ class Student:
         self.learned = [(p, q) for p, q in pairs if p.requires_grad]
 
     def learn(self, batch: Batch, share: float, vision_only: bool, first_alone: bool) -> list[float]:
-        """One step, when `share` of the run is over; returns what `losses` does."""
+        """One step when `share` of the run is over; returns the three numbers of `losses`."""
         self.model.load_state_dict(self.master.state_dict())
         if first_alone:
             shut_later_layers(self.model)
         self.model.zero_grad()
         self.reader.zero_grad()
-        with sdpa_kernel(SDPBackend.MATH):      # so short, plain products beat the fused kernel's backward
+        with sdpa_kernel(SDPBackend.MATH):      # at this length faster than a fused kernel's backward
             answers, patches, right = losses(self.model, self.reader, batch, self.device, vision_only)
         (answers + patches).backward()
         for p, q in self.learned:
@@ -206,11 +184,11 @@ class Student:
     def save(self, path: Path, step: int):
         state = {"step": step, "model": self.master.state_dict(), "reader": self.reader.state_dict(),
                  "optimisers": [optimiser.state_dict() for optimiser in self.optimisers.all]}
-        torch.save(state, path.with_suffix(".new"))
-        path.with_suffix(".new").replace(path)
+        with replacing(path) as partial:
+            torch.save(state, partial)
 
     def resume(self, path: Path) -> int:
-        """The step to go on from."""
+        """Load a saved state, if there is one; returns the step to continue from."""
         if not path.exists():
             return 0
         state = torch.load(path, weights_only=True, map_location=self.device)
@@ -222,7 +200,7 @@ class Student:
 
 
 def train(rank: int, workers: int, args: argparse.Namespace):
-    """One of the workers, from the first or the last saved step to the end."""
+    """One of the workers: from the first step, or the last saved one, to the end."""
     torch.manual_seed(args.seed)
     if args.device == "cpu":
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
@@ -232,8 +210,10 @@ def train(rank: int, workers: int, args: argparse.Namespace):
     student = Student(args, tiny_config(), workers)
     processor = ImageProcessor.from_folder(args.out, tiny_config().vision)
     lessons = Lessons(train_tokenizer(), processor, LENGTH)
-    start, images = student.resume(args.run / "state.pt"), args.images // workers
-    began, log = time.time(), Log(args.run / "log.csv") if rank == 0 else None
+    start = student.resume(args.run / "state.pt")
+    images = args.images // workers
+    log = Log(args.run / "log.csv") if rank == 0 else None
+    began = time.time()
     for step in range(start, args.steps):
         ratio, first_alone = plan(args.seed, step, rank)
         vision_only = step < VISION_FIRST * args.steps
@@ -250,7 +230,7 @@ def train(rank: int, workers: int, args: argparse.Namespace):
 
 
 def plan(seed: int, step: int, rank: int) -> tuple[tuple[int, int], bool]:
-    """The ratio of a worker's images, and whether the first layer reads alone; workers have equal work."""
+    """The ratio of a worker's images, and whether the first layer reads alone. Workers get equal work."""
     chance = random.Random(f"{seed}:{step}")
     tiles = chance.choice([rows * columns for rows, columns in RATIOS])
     first_alone = chance.random() < FIRST_ALONE
@@ -259,34 +239,40 @@ def plan(seed: int, step: int, rank: int) -> tuple[tuple[int, int], bool]:
 
 
 def shut_later_layers(model: LlamaVision):
-    """Close the gates of all cross-attention layers but the first: tanh(0) = 0, so nothing changes there."""
+    """Set the gates of all cross-attention layers but the first to 0: tanh(0) = 0, so they do nothing."""
     for layer in model.language_model.cross_layers[1:]:
         layer.cross_attn_attn_gate.data.zero_()
         layer.cross_attn_mlp_gate.data.zero_()
 
 
 def is_gate(name: str) -> bool:
-    return name.endswith(("gate", "gate_attn", "gate_ffn"))            # gate_proj is none: it is SwiGLU's
+    return name.endswith(("gate", "gate_attn", "gate_ffn"))            # not gate_proj: that is in SwiGLU
 
 
 class Log:
-    """Running means on the terminal and in a CSV file, a line every LOG_EVERY steps."""
+    """Running means on the terminal and in a CSV file, one line every LOG_EVERY steps."""
 
     def __init__(self, path: Path):
-        self.path, self.began, self.sums, self.count = path, time.time(), [0.0] * 3, 0
+        self.path = path
+        self.began = time.time()
+        self.sums = [0.0] * 3
+        self.count = 0
         if not path.exists():
             path.write_text("step,minutes,answer_loss,patch_loss,token_accuracy\n")
 
     def add(self, step: int, steps: int, alone: bool, *values: float):
         if not alone:
-            self.sums, self.count = [a + b for a, b in zip(self.sums, values, strict=True)], self.count + 1
+            self.sums = [total + value for total, value in zip(self.sums, values, strict=True)]
+            self.count += 1
         if step % LOG_EVERY == 0 and self.count:
-            means, minutes = [total / self.count for total in self.sums], (time.time() - self.began) / 60
+            means = [total / self.count for total in self.sums]
+            minutes = (time.time() - self.began) / 60
             with self.path.open("a") as file:
                 file.write(f"{step},{minutes:.2f},{means[0]:.4f},{means[1]:.4f},{means[2]:.4f}\n")
             print(f"step {step}/{steps}  {minutes:.1f} min  answers {means[0]:.3f}  patches {means[1]:.3f}  "
                   f"tokens right {means[2]:.3f}", flush=True)
-            self.sums, self.count = [0.0] * 3, 0
+            self.sums = [0.0] * 3
+            self.count = 0
 
 
 def main():

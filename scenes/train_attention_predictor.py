@@ -1,14 +1,13 @@
-"""Trains the network of `pruning/attention_predictor.py`: `python -m scenes.train_attention_predictor`.
+"""Trains the network of the method `attention_predictor`: `python -m scenes.train_attention_predictor`.
 
-The bundled checkpoint answers questions about training scenes, whole; of each text row that sees the image
-the attention of every cross-attention layer and head is noted. The network learns to predict the next row of
-an answer from those before it, by squared error, with the patches pooled in blocks of BLOCKS. On test scenes
-it is then measured how many of the truly highest blocks are among those that it, or a plain rule, ranks
-highest; the histories are of the whole image here, as with `calibrate` 1. The weights and these figures go to
-OUT. On one CPU core this takes about ten minutes.
+The bundled checkpoint answers questions about training scenes without pruning. For each query position that
+sees the image, the attention of every cross-attention layer and head is logged as a row. The network learns
+to predict the next row of an answer from the rows before it, by squared error, with the patches pooled in
+blocks of BLOCKS. Then test scenes show how many of the blocks with the most attention are among those that
+the network, or a simple rule, ranks highest. The histories are of the whole image, as with `calibrate` 1. The
+weights and these figures go to OUT. On one CPU core this takes about ten minutes.
 
-B answers, H heads of all layers together, T rows of attention, h rows of history, n blocks, P patches in a
-tile.
+B answers, H heads of all layers, T rows of attention, h rows of history, n blocks, P patches in a tile.
 """
 import argparse
 import json
@@ -27,6 +26,7 @@ from pruning.methods.attention_predictor import AttentionPredictor, Network
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.questions import KINDS, ask
 from weights import LEARNED, find_checkpoint, load_model, write_tensors
+from weights.files import replacing
 from weights.images import ImageProcessor
 from weights.tokenizer import ChatTokenizer, messages
 
@@ -35,14 +35,14 @@ WINDOW = 64
 SHARES = 0.1, 0.25, 0.5         # of the blocks, in the test
 MAX_NEW_TOKENS = 64
 TOGETHER = 24                   # answers in a training step
-SAMPLE = 4                      # test scenes whose recall stands by itself, for a quick check of the weights
+SAMPLE = 4                      # test scenes whose recall is stored apart, for a quick check of the weights
 
 
 @dataclass
 class Log:
     """The attention of one answer."""
-    rows: Tensor            # [H, T, tiles, P] of every text row that sees the image, in fp32
-    prompt: int             # so many of the rows are the prompt's
+    rows: Tensor            # [H, T, tiles, P] fp32, one row for each query position that sees the image
+    prompt: int             # how many of the rows are of the prompt
 
     def ends(self) -> range:
         """The rows to predict: those of the answer."""
@@ -65,13 +65,13 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-# ----- what is learned from
+# ----- the data
 
 
 @torch.inference_mode()
 def logs(model: LlamaVision, tokenizer: ChatTokenizer, processor: ImageProcessor, split: str,
          scenes: int) -> list[Log]:
-    """Of a description, where a scene has one, and one question of another kind, about each scene."""
+    """For each scene: a description, if it has one, and one question of another kind."""
     found = []
     for i in range(scenes):
         scene, rng = make_scene(split, i, RATIOS[i % len(RATIOS)]), random.Random(f"attention/{split}/{i}")
@@ -86,7 +86,7 @@ def logs(model: LlamaVision, tokenizer: ChatTokenizer, processor: ImageProcessor
 
 
 def log(model: LlamaVision, ids: list[int], image: ImageTokens, stop_ids: tuple[int, ...]) -> Log:
-    """Answers greedily, reading everything at every step."""
+    """Answers greedily, with the whole image at every step."""
     watch = AttentionPredictor(1.0, block=1, predictor="last", calibrate=1, skip_layers=0,
                                window=len(ids) + MAX_NEW_TOKENS)
     logits, cache = model.prefill(torch.tensor([ids]), [len(ids)], image, MAX_NEW_TOKENS, watch)
@@ -102,8 +102,8 @@ def log(model: LlamaVision, ids: list[int], image: ImageTokens, stop_ids: tuple[
 
 
 def histories(rows: list[Tensor], ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Pooled rows [H, T, n] of several answers, and in each the row to predict -> the histories [B, H, h, n],
-    where there are any [B, h, n], and the rows that follow them [B, H, n]."""
+    """Pooled rows [H, T, n] of several answers, and the row to predict of each -> the histories [B, H, h, n],
+    which of their entries are real [B, h, n], and the rows to predict [B, H, n]."""
     h, n = min(WINDOW, max(ends)), max(row.shape[-1] for row in rows)
     history, target = torch.zeros(len(rows), len(rows[0]), h, n), torch.zeros(len(rows), len(rows[0]), n)
     there = torch.zeros(len(rows), h, n, dtype=torch.bool)
@@ -122,9 +122,10 @@ def train(network: Network, answers: list[Log], steps: int, seed: int) -> float:
     """Returns the mean squared error in the last tenth of the steps."""
     optimiser, rng = torch.optim.Adam(network.parameters(), lr=1e-3), random.Random(seed)
     rows = {block: [answer.pooled(block) for answer in answers] for block in BLOCKS}
-    # Every row to predict is as likely as any other, so that long answers count for more.
+    # Every row to predict is equally likely, so long answers count for more.
     places = [(i, end) for i, answer in enumerate(answers) for end in answer.ends()]
-    began, errors = time.time(), []
+    began = time.time()
+    errors = []
     for step in range(steps):
         for group in optimiser.param_groups:
             group["lr"] = 1e-3 * min(1.0, 4 * (1 - step / steps))           # falls in the last quarter
@@ -144,13 +145,13 @@ def train(network: Network, answers: list[Log], steps: int, seed: int) -> float:
 
 
 def recalls(network: Network, answers: list[Log]) -> list[dict]:
-    """What share of the truly highest blocks is found, a mean over all predicted rows, layers and heads."""
+    """The share of the blocks with the most attention that is found: a mean over rows, layers and heads."""
     return [row for block in BLOCKS for row in recall(network, answers, block)]
 
 
 @torch.inference_mode()
 def recall(network: Network, answers: list[Log], block: int) -> list[dict]:
-    """The same with blocks of one size."""
+    """The same for blocks of one size."""
     found = {share: {"cnn": [], "last": [], "mean": [], "chance": []} for share in SHARES}
     for answer in answers:
         rows, ends = answer.pooled(block), list(answer.ends())
@@ -197,8 +198,10 @@ def main():
     for row in figures["recall"]:
         print("  ".join(f"{name} {value}" for name, value in row.items()))
     args.out.mkdir(parents=True, exist_ok=True)
-    write_tensors(args.out / "attention_predictor.safetensors", network.state_dict())
-    (args.out / "attention_predictor.json").write_text(json.dumps(figures, indent=2) + "\n")
+    with replacing(args.out / "attention_predictor.safetensors") as partial:
+        write_tensors(partial, network.state_dict())
+    with replacing(args.out / "attention_predictor.json") as partial:
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
     print(f"{args.out}: attention_predictor.safetensors, attention_predictor.json")
 
 

@@ -1,10 +1,9 @@
-"""Trains the small checkpoint that guides the bundled one: `python -m scenes.train_guide`.
+"""Trains the small checkpoint that guides the bundled one (`--prune sgl`): `python -m scenes.train_guide`.
 
-A smaller decoder behind the vision encoder of `tiny`, as 11B and 90B share a kind of encoder: that one is
-taken as it is, and a projector and a decoder, together of a quarter of the parameters, learn the answers of
-fresh scenes. Everything else is as in `scenes.train`, whose student this is. Progress goes to the terminal
-and to RUN/log.csv, the state to RUN/state.pt, and the same command again goes on from there. On one CPU core
-this takes about half an hour.
+It has the vision encoder of `tiny`, with the same weights, and a smaller decoder behind it, as 11B and 90B
+have the same kind of encoder. Projector and decoder, a quarter of the parameters, learn the answers of new
+scenes. Everything else is as in `scenes.train`. Progress goes to the terminal and to RUN/log.csv, the state
+to RUN/state.pt, from which the same command continues. On one CPU core this takes about half an hour.
 """
 import argparse
 import time
@@ -41,14 +40,16 @@ def arguments() -> argparse.Namespace:
 
 
 def train(args: argparse.Namespace):
-    """From the first or the last saved step to the end."""
+    """From the first step, or the last saved one, to the end."""
     torch.manual_seed(args.seed)
     config = config_from_dict(guide_json())
     large = load_model(find_checkpoint("tiny"), torch.device(args.device), torch.float32)
     student = Student(args, config, workers=1, vision=large.vision_model)
     processor = ImageProcessor.from_folder(args.out, config.vision)
-    lessons, log = Lessons(train_tokenizer(), processor, LENGTH), Log(args.run / "log.csv")
-    began, start = time.time(), student.resume(args.run / "state.pt")
+    lessons = Lessons(train_tokenizer(), processor, LENGTH)
+    log = Log(args.run / "log.csv")
+    start = student.resume(args.run / "state.pt")
+    began = time.time()
     for step in range(start, args.steps):
         ratio, first_alone = plan(args.seed, step, 0)
         batch = lessons.batch("train", step * args.images, args.images, ratio, args.seed)

@@ -1,12 +1,12 @@
-"""Trains the compressors of `pruning/quecc.py` for the bundled checkpoint: `python -m scenes.train_quecc`.
+"""Trains the compressors of the method `quecc` for the bundled checkpoint: `python -m scenes.train_quecc`.
 
-Every step draws fresh scenes of one ratio of tiles and asks a few questions about each, one at a time: the
-compressor reads but one. The model is frozen. It answers from the whole image first; then each compressor
-learns to make tokens from which the model gives every token of the answer the same probabilities (the KL
-divergence is the loss). Progress goes to the terminal and to RUN/log.csv; every few minutes the state goes
-to RUN/state.pt, from which the same command goes on, and the weights to OUT. At the end held-out scenes tell
-how often the model is still right, and OUT/quecc.json holds the figures. On one CPU core this takes about ten
-minutes.
+Every step draws new scenes of one ratio of tiles and asks a few questions about each, each in a conversation
+of its own, because the compressor reads only one. The model is frozen. It first answers from the whole image.
+Then each compressor learns to make tokens from which the model gives every token of the answer the same
+probabilities (the loss is the KL divergence). Progress goes to the terminal and to RUN/log.csv. Every few
+minutes the state goes to RUN/state.pt, from which the same command continues, and the weights to OUT. At the
+end OUT/quecc.json says how often the model is still right on held-out scenes. On one CPU core this takes
+about ten minutes.
 """
 import argparse
 import json
@@ -27,10 +27,11 @@ from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.lessons import Lessons, turns
 from weights import LEARNED, find_checkpoint, load_model, write_tensors
+from weights.files import replacing
 from weights.images import ImageProcessor
 from weights.tokenizer import ChatTokenizer
 
-LENGTH = 96                                     # text tokens of a question and its answer, at most
+LENGTH = 96                                     # the most text tokens of a question and its answer
 LOG_EVERY, SAVE_EVERY = 50, 200                 # steps
 
 
@@ -49,7 +50,7 @@ def arguments() -> argparse.Namespace:
 
 
 class Lesson:
-    """Questions about images, each a conversation of its own, and what the frozen model makes of them."""
+    """Questions about images, each in a conversation of its own, and what the frozen model answers."""
 
     def __init__(self, model: LlamaVision, questions: "Questions", split: str, first: int, seed: int):
         ratio = random.Random(f"{seed}:{first}").choice(RATIOS)
@@ -64,13 +65,13 @@ class Lesson:
 
     def answers(self, image: ImageTokens) -> Tensor:
         """The logits of all tokens of all answers, read from these image tokens."""
-        with sdpa_kernel(SDPBackend.MATH):      # so short, plain products beat the fused kernel's backward
+        with sdpa_kernel(SDPBackend.MATH):      # at this length faster than a fused kernel's backward
             return self.model.lm_head(self.model.hidden(self.ids, image)[self.said]).float()
 
     @torch.no_grad()
     def right(self, image: ImageTokens) -> list[bool]:
-        """Which answers are right to the letter: greedy ones are, where each token of the right answer is the
-        likeliest after those before it."""
+        """Which greedy answers are exactly right: each token of the right answer is the most likely one after
+        the tokens before it."""
         correct = torch.ones_like(self.said)
         correct[self.said] = self.answers(image).argmax(-1) == self.targets[self.said]
         return correct.all(1).tolist()
@@ -87,8 +88,9 @@ class Questions(Lessons):
         self.images, self.most = images, most
 
     def draw(self, split: str, first: int, ratio: tuple[int, int], seed: int) -> tuple[list, list[int], list]:
-        """The tiles of each image; for each question its image, and its ids and targets."""
-        rng, tiles, asked, texts = random.Random(f"{seed}:{first}"), [], [], []
+        """The tiles of each image; for each question the number of its image, and its ids and targets."""
+        rng = random.Random(f"{seed}:{first}")
+        tiles, asked, texts = [], [], []
         for i in range(self.images):
             scene = make_scene(split, first + i, ratio)
             tiles.append(self.processor([draw(scene)]))
@@ -99,11 +101,13 @@ class Questions(Lessons):
 
 
 class Student:
-    """A compressor for one grid, and what teaches it."""
+    """A compressor for one grid, and its optimiser."""
 
     def __init__(self, model: LlamaVision, grid: int, steps: int):
         vision, width = model.config.vision, model.config.text.hidden_size
-        self.grid, self.stride, self.steps = grid, -(-vision.patches_per_side // grid), steps
+        self.grid = grid
+        self.stride = -(-vision.patches_per_side // grid)           # rounded up
+        self.steps = steps
         self.compressor = Compressor(vision.hidden_size, vision.output_dim, width, self.stride)
         self.optimiser = torch.optim.AdamW(self.compressor.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
 
@@ -115,7 +119,7 @@ class Student:
         self.optimiser.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(self.compressor.parameters(), 1.0)
-        share = step / self.steps               # of the run: warm up, then a cosine to 1 %
+        share = step / self.steps               # of the run: warm-up, then a cosine down to 1 %
         scale = min(1.0, share / 0.03 + 1e-2) * (0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2)
         self.optimiser.param_groups[0]["lr"] = 2e-3 * scale
         self.optimiser.step()
@@ -123,23 +127,25 @@ class Student:
 
 
 def export(compressor: Compressor, grid: int, folder: Path) -> Path:
-    """Write the weights in bf16, the file whole or not at all."""
+    """Write the weights in bf16; a file that is there is only replaced by a complete one."""
     path = folder / f"quecc_{grid ** 2}.safetensors"
     state = {name: tensor.to(torch.bfloat16) for name, tensor in compressor.state_dict().items()}
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(path.with_suffix(".partial"), state)
-    path.with_suffix(".partial").replace(path)
+    with replacing(path) as partial:
+        write_tensors(partial, state)
     return path
 
 
 def train(model: LlamaVision, questions: Questions, students: list[Student], args: argparse.Namespace):
-    """From the first or the last saved step to the end."""
-    state, log = args.run / "state.pt", args.run / "log.csv"
+    """From the first step, or the last saved one, to the end."""
+    state = args.run / "state.pt"
+    log = args.run / "log.csv"
     args.run.mkdir(parents=True, exist_ok=True)
     start, minutes = resume(students, state)
     if not start:
         log.write_text(",".join(["step", "minutes", *(f"kl_{s.grid ** 2}" for s in students)]) + "\n")
-    began, sums = time.monotonic() - 60 * minutes, [0.0] * len(students)
+    began = time.monotonic() - 60 * minutes
+    sums = [0.0] * len(students)
     for step in range(start, args.steps):
         lesson = Lesson(model, questions, "train", step * args.images, args.seed)
         with torch.no_grad():
@@ -148,7 +154,8 @@ def train(model: LlamaVision, questions: Questions, students: list[Student], arg
                 for total, student in zip(sums, students, strict=True)]
         minutes = (time.monotonic() - began) / 60
         if (step + 1) % LOG_EVERY == 0:
-            means, sums = [f"{total / LOG_EVERY:.4f}" for total in sums], [0.0] * len(students)
+            means = [f"{total / LOG_EVERY:.4f}" for total in sums]
+            sums = [0.0] * len(students)
             with log.open("a") as file:
                 file.write(",".join([str(step + 1), f"{minutes:.2f}", *means]) + "\n")
             print(f"step {step + 1}/{args.steps}  {minutes:.1f} min  KL {'  '.join(means)}", flush=True)
@@ -160,12 +167,12 @@ def train(model: LlamaVision, questions: Questions, students: list[Student], arg
 
 def save(students: list[Student], path: Path, step: int, minutes: float):
     parts = [(student.compressor.state_dict(), student.optimiser.state_dict()) for student in students]
-    torch.save({"step": step, "minutes": minutes, "students": parts}, path.with_suffix(".new"))
-    path.with_suffix(".new").replace(path)
+    with replacing(path) as partial:
+        torch.save({"step": step, "minutes": minutes, "students": parts}, partial)
 
 
 def resume(students: list[Student], path: Path) -> tuple[int, float]:
-    """The step to go on from, and the minutes that the steps before it took."""
+    """The step to continue from, and the minutes that the steps before it took."""
     if not path.exists():
         return 0, 0.0
     held = torch.load(path, weights_only=True)
@@ -176,9 +183,9 @@ def resume(students: list[Student], path: Path) -> tuple[int, float]:
 
 
 def examine(model: LlamaVision, lessons: Iterator[Lesson], grids: dict[int, tuple[int, Path]]) -> dict:
-    """How often the model is right from the whole image, from averages and from what was trained.
+    """How often the model is right: from the whole image, from averages, and from trained compressors.
 
-    `grids`: tokens a side -> their stride and the weights' file.
+    `grids`: tokens along a side -> their stride and the file of the weights.
     """
     marks: dict[str, list[bool]] = {"whole": []}
     for lesson in lessons:
@@ -208,8 +215,9 @@ def main():
                for first in range(0, args.exam, args.images))
     figures = examine(model, lessons, grids)
     figures |= {"model": args.model, "steps": args.steps, "images": args.images,
-                "questions_a_picture": args.questions, "seed": args.seed}
-    (args.out / "quecc.json").write_text(json.dumps(figures, indent=2) + "\n")
+                "questions_per_image": args.questions, "seed": args.seed}
+    with replacing(args.out / "quecc.json") as partial:
+        partial.write_text(json.dumps(figures, indent=2) + "\n")
     print(json.dumps(figures["accuracy"], indent=2))
 
 
