@@ -13,11 +13,12 @@ import argparse
 import json
 import shlex
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
+import program
+
+program.begin(__name__)
 
 import torch
 
@@ -28,10 +29,10 @@ from benchmarks.parts import EAGER, PEER, WHOLE, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
+from cli import Parser, parse_pruner, parse_pruners, whole_number
 from evaluation.results import check_plot
-from generate import Parser, parse_pruner
-from pruning import Pruner, load, several
-from report import fail, say
+from program import say
+from pruning import Pruner, load
 from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
 from weights.tokenizer import check_length
 
@@ -45,11 +46,13 @@ def arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--model", metavar="M", help="real weights: 'tiny' (bundled), a folder, or a hub id")
     add("--shape", choices=SHAPES, help="random weights of this shape; default tiny")
-    add("--layers", type=int, metavar="N", help="a slice: N decoder layers, 2 vision layers of each kind")
+    add("--layers", type=whole_number, metavar="N",
+        help="a slice: N decoder layers, 2 vision layers of each kind")
     add("--batch", type=numbers, metavar="N,...", help="questions about the image; default 1")
     add("--tiles", type=numbers, metavar="N,...", help="of the image; default 1,4")
-    add("--prompt-tokens", type=int, default=128, metavar="N", help="default 128")
-    add("--new-tokens", type=int, default=32, metavar="N", help="that are timed in decode; default 32")
+    add("--prompt-tokens", type=whole_number, default=128, metavar="N", help="default 128")
+    add("--new-tokens", type=whole_number, default=32, metavar="N",
+        help="that are timed in decode; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
     add("--set", action="append", default=[], metavar="K=V", help="one of its options; P.K=V with --methods")
@@ -62,13 +65,13 @@ def arguments() -> argparse.Namespace:
     add("--plot", metavar="F", help="draw it: .png, .svg or .pdf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
     add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
-    add("--repeat", type=int, default=7, metavar="N", help="rounds, after warm-up; default 7")
+    add("--repeat", type=whole_number, default=7, metavar="N", help="rounds, after warm-up; default 7")
     add("--report", action="store_true", help="only write the READMEs from benchmarks/results/*.json")
     return parser.parse_args()
 
 
 def numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [whole_number(part) for part in text.split(",")]
 
 
 def command(args: argparse.Namespace):
@@ -133,8 +136,9 @@ def check(args: argparse.Namespace) -> list[Pruner]:
     if args.against is not None:
         import_transformers()
     if args.methods is not None:
-        return [Pruner(), *several(args.methods, ["0.25" if args.keep is None else args.keep], args.set)]
-    own = parse_pruner(args)
+        keep = "0.25" if args.keep is None else args.keep
+        return [Pruner(), *parse_pruners(args.methods, [keep], args.set)]
+    own = parse_pruner(args.prune, args.keep, args.set)
     kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
     return [Pruner(), *kept, *([] if own is None or own.keeps_all else [own])]
 
@@ -173,12 +177,7 @@ def spoken(argv: list[str]) -> str:
 
 
 def main():
-    try:
-        command(arguments())
-    except (ValueError, torch.OutOfMemoryError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    program.run(command, arguments)
 
 
 if __name__ == "__main__":

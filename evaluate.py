@@ -12,26 +12,29 @@ import math
 import random
 import sys
 import time
-import warnings
 import zlib
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
+import program
+
+program.begin(__name__)
 
 import torch
 from PIL import ImageFilter
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from cli import Parser, mean, parse_pruners
 from evaluation.results import Papers, Score, Store, check_plot, denied, figures, full_score, plot, table
-from generate import Assistant, Parser
+from generate import Assistant
+from model.answer import EncodedImages
 from model.decoder import CrossAttentionLayer
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
-from pruning import Pruner, attention_received, hooks, several, top_k_mask
-from report import EncodedImages, fail, mean, say
+from program import say
+from pruning import Pruner, attention_received, hooks, top_k_mask
 from scenes.draw import RATIOS, Scene, draw, make_scene
 from scenes.questions import KINDS, Question, ask
 from weights import find_checkpoint
@@ -212,7 +215,7 @@ def plan(prune: str | None, keep: str | None, settings: list[str]) -> list[Prune
         if keep is not None or settings:
             raise ValueError("--keep and --set are options of methods: name these with --prune")
         return [Pruner()]
-    pruners = several(prune, (KEEPS if keep is None else keep).split(","), settings)
+    pruners = parse_pruners(prune, (KEEPS if keep is None else keep).split(","), settings)
     return [Pruner(), *(pruner for pruner in pruners if type(pruner) is not Pruner)]
 
 
@@ -287,12 +290,7 @@ def print_full(score: Score, opened: list[tuple[float, float]]):
 
 
 def main():
-    try:
-        command(arguments())
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    program.run(command, arguments)
 
 
 if __name__ == "__main__":

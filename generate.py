@@ -9,29 +9,46 @@
 parts of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
 """
 import argparse
-import json
-import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-warnings.filterwarnings("ignore", message="Failed to initialize NumPy")     # importing torch would say so
+import program
+
+program.begin(__name__)
 
 import torch
 from PIL import Image
 from torch import Tensor
 
+from cli import (
+    Parser,
+    as_json,
+    catalogue,
+    chat,
+    check_output,
+    parse_pruner,
+    piped_prompt,
+    real_number,
+    say_cost,
+    say_model,
+    whole_number,
+    write_json,
+    writing,
+)
+from model.answer import Answer, EncodedImages
 from model.cache import Cache
+from model.clock import Clock
 from model.config import padding_id
 from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY, Arriving, Sampler, one_ahead
-from pruning import Prompts, Pruner, catalogue, load, parse_number, parse_option
+from program import say, write
+from pruning import Prompts, Pruner
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
-from report import Answer, Clock, EncodedImages, as_json, fail, say, say_cost, say_model, write
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.images import ImageProcessor, open_image
 from weights.tokenizer import ChatTokenizer, Detokenizer, check_length, messages
@@ -169,11 +186,11 @@ class Assistant:
 # ----- the command line
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str):
-        fail(message)
+EXAMPLES = """examples:
+  python generate.py --image examples/shapes.png --prompt "What is written on the circle?"
+  python generate.py --image examples/sign.png --prompt "What does the sign say?" --json
+  python generate.py --image examples/tall.png --prompt "Where is the star?" --prune fastv"""
+MAP_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
 
 
 def arguments() -> argparse.Namespace:
@@ -187,10 +204,10 @@ def arguments() -> argparse.Namespace:
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
     add("--system", metavar="TEXT", help="a system message")
     add("--date", metavar="TEXT", help="today's date, for chat templates that write it")
-    add("--max-new-tokens", type=int, default=256, metavar="N", help="default 256")
-    add("--temperature", type=float, default=0.0, metavar="X", help="default 0: always the likeliest token")
-    add("--top-p", type=float, default=0.9, metavar="X", help="sample among the likeliest of this mass")
-    add("--seed", type=int, default=0, metavar="N", help="of sampling")
+    add("--max-new-tokens", type=whole_number, default=256, metavar="N", help="default 256")
+    add("--temperature", type=real_number, default=0.0, metavar="X", help="default 0: the likeliest token")
+    add("--top-p", type=real_number, default=0.9, metavar="X", help="sample among the likeliest of this mass")
+    add("--seed", type=whole_number, default=0, metavar="N", help="of sampling")
     add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
     add("--compile", action="store_true", help="compile decoding first: pays for long answers")
@@ -198,23 +215,17 @@ def arguments() -> argparse.Namespace:
     add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
     add("--set", action="append", default=[], metavar="K=V", help="another option of the method")
-    add("--save-map", metavar="PATH", help="draw what was kept over the image")
+    add("--save-map", type=Path, metavar="PATH", help="draw what was kept over the image")
     add("--map", choices=("kept", "attention"), default="kept",
         help="attention: draw what the prompt looks at")
     return parser.parse_args()
-
-
-EXAMPLES = """examples:
-  python generate.py --image examples/shapes.png --prompt "What is written on the circle?"
-  python generate.py --image examples/sign.png --prompt "What does the sign say?" --json
-  python generate.py --image examples/tall.png --prompt "Where is the star?" --prune fastv"""
 
 
 def command(args: argparse.Namespace):
     """Everything that can be wrong with the arguments is found before anything is printed."""
     if args.prune == "list":
         return write(catalogue())
-    pruner = parse_pruner(args)
+    pruner = parse_pruner(args.prune, args.keep, args.set)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     sampler = Sampler(args.temperature, args.top_p, args.seed)
@@ -224,119 +235,64 @@ def command(args: argparse.Namespace):
     images = [open_image(path) for path in args.image]
     prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images))])
     if args.save_map is not None:
-        check_map(Path(args.save_map), len(prompts), len(images))
+        if len(prompts) != 1 or not images:
+            raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
+        check_output("--save-map", args.save_map, MAP_SUFFIXES)
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
     encoded = assistant.encode_images(images, pruner)
     if args.compile:
         assistant.warm_up(max(1, len(prompts)), encoded)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
+    ask = partial(assistant.answer, encoded=encoded, max_new_tokens=args.max_new_tokens, sampler=sampler,
+                  date=args.date, pruner=pruner)
     if chatting:
-        chat(args, assistant, encoded, sampler, pruner)
-        return
-    answer_all(args, assistant, encoded, sampler, pruner, prompts)
+        return chat_about(args, assistant, ask, encoded, pruner)
+    conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
+    answer_all(args, assistant, ask, encoded, pruner, conversations)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
-        drawn = draw(images, assistant.processor, pruner, str(pruner))
-        try:
-            drawn.save(args.save_map)
-        except OSError as error:
-            raise ValueError(f"--save-map: {error}") from None
+        with writing("--save-map", args.save_map) as file:
+            draw(images, assistant.processor, pruner, str(pruner)).save(file)
 
 
-def check_map(path: Path, prompts: int, images: int):
-    """Raise ValueError where no map can be drawn or written."""
-    if prompts != 1 or not images:
-        raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
-    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
-        raise ValueError(f"--save-map {path}: name a file that ends in .png, .jpg or .webp")
-    if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"--save-map {path}: not a file in a folder that exists")
-
-
-def parse_pruner(args: argparse.Namespace) -> Pruner | None:
-    settings = dict(map(parse_option, args.set))
-    if args.keep is not None:
-        settings["keep"] = parse_number(args.keep)
-    if args.prune is None and settings:
-        raise ValueError("--keep and --set are options of a method: name it with --prune ('list' shows all)")
-    return None if args.prune is None else load(args.prune, **settings)
-
-
-def piped_prompt(has_image: bool) -> str:
-    """The prompt where none was given and nobody sits at a terminal."""
-    try:
-        text = "" if sys.stdin is None else sys.stdin.read().strip()        # None: closed by the caller
-    except UnicodeDecodeError:
-        raise ValueError("the prompt on standard input is not valid UTF-8 text") from None
-    if not text and not has_image:
-        raise ValueError("nothing to answer: give --prompt TEXT, and --image PATH to ask about an image")
-    return text or "Describe the picture."
-
-
-def answer_all(args: argparse.Namespace, assistant: Assistant, encoded: EncodedImages, sampler: Sampler,
-               pruner: Pruner | None, prompts: list[str]):
-    """One answer is streamed; those of a batch are printed in order, a line each."""
-    stream, live = Detokenizer(assistant.tokenizer), len(prompts) == 1 and not args.json
-
-    def emit(row: int, token: int):
-        if live:
-            write(stream.push(token))
-
-    conversations = [messages(prompt, len(args.image), args.system) for prompt in prompts]
-    answer = assistant.answer(conversations, encoded, args.max_new_tokens, sampler, args.date, emit,
-                           pruner)
+def answer_all(args: argparse.Namespace, assistant: Assistant, ask: Callable[..., Answer],
+               encoded: EncodedImages, pruner: Pruner | None, conversations: list[list[dict]]):
+    """One answer is printed as it is made; those of a batch in order at the end, a line each."""
+    live = len(conversations) == 1 and not args.json
+    answer = stream(assistant, ask, conversations[0]) if live else ask(conversations)
     texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
-        write(json.dumps(as_json(args.model, texts, answer, encoded, named), ensure_ascii=False) + "\n")
-        return
-    write(stream.flush() + "\n" if live else "".join(text + "\n" for text in texts))
+        return write_json(as_json(args.model, texts, answer, encoded, named))
+    if not live:
+        write("".join(text + "\n" for text in texts))
     say_model(args.model)
     say_cost(answer, encoded, named)
 
 
-def chat(args: argparse.Namespace, assistant: Assistant, encoded: EncodedImages, sampler: Sampler,
-         pruner: Pruner | None):
-    """Questions and answers until the input ends; all see the images, which were encoded once."""
-    say_model(args.model)
-    say("Ask; an empty line or Ctrl-D ends.")
-    history = [] if args.system is None else [{"role": "system", "content": args.system}]
-    images = len(args.image)
-    while question := ask_person():
-        asked = [*history, *messages(question, images)]
-        stream = Detokenizer(assistant.tokenizer)
-        try:
-            answer = assistant.answer([asked], encoded, args.max_new_tokens, sampler, args.date,
-                                   lambda row, token, stream=stream: write(stream.push(token)), pruner)
-        except ValueError as error:             # too long, say: the chat goes on without this question
-            say(f"error: {error}")
-            continue
-        write(stream.flush() + "\n")
+def chat_about(args: argparse.Namespace, assistant: Assistant, ask: Callable[..., Answer],
+               encoded: EncodedImages, pruner: Pruner | None):
+    """Every question is about the same images, which were encoded once."""
+    def reply(conversation: list[dict]) -> str:
+        answer = stream(assistant, ask, conversation)
         say_cost(answer, encoded, None if pruner is None else str(pruner))
-        history = [*asked, {"role": "assistant", "content": assistant.tokenizer.decode(answer.tokens[0])}]
-        images = 0                              # they stand in the first question
+        return assistant.tokenizer.decode(answer.tokens[0])
+
+    say_model(args.model)
+    chat(reply, args.system, len(args.image))
 
 
-def ask_person() -> str:
-    say("> ", end="")
-    try:
-        return input().strip()
-    except EOFError:
-        say("")
-        return ""
+def stream(assistant: Assistant, ask: Callable[..., Answer], conversation: list[dict]) -> Answer:
+    """Answer a conversation, and print the answer as it is made."""
+    text = Detokenizer(assistant.tokenizer)
+    answer = ask([conversation], emit=lambda row, token: write(text.push(token)))
+    write(text.flush() + "\n")
+    return answer
 
 
 def main():
-    try:
-        command(arguments())
-    except (ValueError, torch.OutOfMemoryError) as error:
-        fail(error)
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except BrokenPipeError:                     # the reader of our output has gone; so do we, without a word
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+    program.run(command, arguments)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from report import drain
+from model.clock import drain
 
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far beyond any cache
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}             # of the square matrices

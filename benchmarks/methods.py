@@ -20,11 +20,12 @@ from torch import Tensor
 
 from benchmarks.subject import Greedy, Subject, Timed, cut, random_model
 from model.cache import Cache
+from model.clock import Clock
 from model.config import Config
 from model.image_tokens import ImageTokens, kv_bytes
+from program import say
 from pruning import Pruner
 from pruning.methods.quecc import Compressor
-from report import Clock, say
 from weights import save_model, write_tensors
 
 STRIDE = 2              # patches along a region that is compressed: about a quarter of the tokens are left

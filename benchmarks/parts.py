@@ -19,8 +19,8 @@ from benchmarks.peer import Peer
 from benchmarks.subject import Greedy, Subject, Timed, grid_of
 from benchmarks.waterfall import pace
 from model.image_tokens import Grid, ImageTokens, Tiles
+from program import say
 from pruning import Pruner
-from report import say
 
 Key = tuple[str, str]                           # who (a method, or transformers), and how it decodes
 Samples = Mapping[Key, list[float]]             # milliseconds of each round

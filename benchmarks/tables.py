@@ -7,7 +7,7 @@ the figures that belong to several of its lines. The page is made of the JSON fi
 import json
 from pathlib import Path
 
-from report import size
+from cli import size
 from weights.files import replacing
 
 HEAD = ("part", "tiles", "batch", "method", "ours", "time or size", "theirs", "how", "theirs / ours",

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from report import size
+from cli import size
 from scenes.draw import RATIOS, Scene
 from scenes.questions import KINDS, Question
 

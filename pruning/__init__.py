@@ -25,8 +25,8 @@ METHODS = {method.name: method for method in (
     Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT, SGL,
     QueCC, Random, Spatial, Downsample)}
 
-__all__ = ["METHODS", "Prompts", "Pruner", "SelectOnce", "SelectPerLayer", "attention_received", "catalogue",
-           "find", "hooks", "load", "options", "parse_number", "parse_option", "several", "top_k_mask"]
+__all__ = ["METHODS", "Prompts", "Pruner", "SelectOnce", "SelectPerLayer", "attention_received", "find",
+           "hooks", "load", "options", "top_k_mask"]
 
 
 def load(method: str, /, **settings) -> Pruner:
@@ -39,37 +39,6 @@ def load(method: str, /, **settings) -> Pruner:
         raise ValueError(f"{method} has no option {min(unknown)!r}; it has "
                          + ", ".join(f"{name}: {what}" for name, what in options(found).items()))
     return found(**settings)
-
-
-def several(methods: str, keeps: list[str], settings: list[str]) -> list[Pruner]:
-    """Every method of a list "a,b" (or "all") at every keep ratio; `settings` are "method.option=value".
-
-    Raises ValueError with one line for bad input of a command line.
-    """
-    names = [name for part in methods.split(",") for name in (list(METHODS)[1:] if part == "all" else [part])]
-    names = list(dict.fromkeys(names))
-    chosen = {find(name).name: (name, {}) for name in names}
-    if len(chosen) < len(names):
-        raise ValueError(f"{methods}: two methods have the same name")
-    for text in settings:
-        where, value = parse_option(text)
-        method, dot, option = where.rpartition(".")
-        if not dot or method not in chosen or option == "keep":
-            raise ValueError(f"--set {text!r}: give it as method.option=value, of {', '.join(chosen)}; "
-                             "--keep is for all methods")
-        chosen[method][1][option] = value
-    return [load(name, keep=parse_number(keep), **options) for name, options in chosen.values() for keep in keeps]
-
-
-def catalogue() -> str:
-    """Of each method: what it keeps, its paper, the hooks at which it acts, and its options."""
-    lines = []
-    for name, method in METHODS.items():
-        lines.append(f"{name}: {method.__doc__.splitlines()[0]}")
-        lines += [f"    paper: {method.paper}"] * bool(method.paper)
-        lines.append(f"    acts at: {', '.join(hooks(method)) or 'no hook'}")
-        lines += [f"    {option} = {what}" for option, what in options(method).items()]
-    return "".join(line + "\n" for line in lines)
 
 
 def find(method: str) -> type[Pruner]:
@@ -99,22 +68,3 @@ def _run(path: Path):
         words = " ".join(str(error).split())
         raise ValueError(f"{path}: cannot be imported: {type(error).__name__}: {words}") from error
     return module
-
-
-def parse_option(text: str) -> tuple[str, object]:
-    """"name=value" from a command line: a number, true, false or none where it reads as one, else text."""
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise ValueError(f"--set {text!r}: give it as option=value")
-    words = {"true": True, "false": False, "none": None}
-    return name, words[value.lower()] if value.lower() in words else parse_number(value)
-
-
-def parse_number(text: str) -> int | float | str:
-    """A whole number, a number, or the text itself."""
-    for kind in int, float:
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from generate import generate
+from model.answer import Answer
 from model.config import VisionConfig
 from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles, visible_images
@@ -25,7 +26,6 @@ from model.llama_vision import LlamaVision
 from pruning import METHODS, Pruner, load
 from pruning.methods import sgl
 from pruning.methods.sgl import load_guide
-from report import Answer
 from weights import config_from_dict
 from weights.images import ImageProcessor
 

@@ -126,8 +126,8 @@ def test_rows_of_a_sweep(sweep):
     rows = figures["rows"]
     assert [[row["method"], row["keep"]] for row in rows] == ROWS
     assert [row["options"] for row in rows] == [{}, {"seed": 3}, {"seed": 3}, {}, {}]
-    assert all(set(row) == {"method", "keep", "options", "kept", "accuracy", "low", "high", "accuracy_by_kind",
-                            "kept_by_kind", "image_kv_bytes", "image_kv_stored", "prefill_ms", "decode_ms",
+    assert all(set(row) == {"method", "keep", "options", "kept", "accuracy", "low", "high",
+                            "accuracy_by_kind", "kept_by_kind", "image_kv_bytes", "image_kv_stored", "prefill_ms", "decode_ms",
                             "right", "wrong_yes", "early"}
                for row in rows)
     for row in rows:
@@ -216,7 +216,7 @@ def test_every_method_at_once():
 
 
 def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("weights.tokenizer.Prompter.decode", lambda *_: "yes")
+    monkeypatch.setattr("weights.tokenizer.ChatTokenizer.decode", lambda *_: "yes")
     out = run("--questions", 12, "--kinds", "exists", "--json", tmp_path / "out.json").out
     papers = evaluate.exam(12, kinds=["exists"])
     answers = Counter(question.answer for _, questions in papers for question in questions)

@@ -91,7 +91,8 @@ def test_greedy_is_the_argmax_of_forward(assistant, random_image, images):
 
 def test_the_image_matters(assistant, random_image):
     other = assistant.encode_images([Image.new("RGB", (224, 112), "blue")])
-    tokens = [assistant.answer([messages("Which colour?", 1)], seen, 8).tokens for seen in (random_image, other)]
+    question = messages("Which colour?", 1)
+    tokens = [assistant.answer([question], image, 8).tokens for image in (random_image, other)]
     assert tokens[0] != tokens[1]
 
 
@@ -562,7 +563,7 @@ class Mine(Pruner):
     keep: float = 0.5
     first: int = 3
     def encoded(self, image, prompts):
-        return image.take(torch.arange(image.place.shape[1]).expand(len(prompts.ids), -1) < self.first)
+        return image.take(torch.arange(image.coords.shape[1]).expand(len(prompts.ids), -1) < self.first)
 """
 
 

@@ -11,8 +11,8 @@ import pytest
 
 import generate
 from benchmarks.tables import milliseconds
+from cli import size
 from pruning import METHODS, Pruner, hooks, load
-from report import size
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -197,7 +197,7 @@ def test_imports_run_one_way():
     allowed = {"model": {"model"}, "weights": {"model", "weights"}, "": rooms - {"evaluate", "benchmark"},
                "pruning": {"model", "pruning", "weights"},
                "scenes": {"model", "pruning", "weights", "scenes"},
-               "benchmarks": {"model", "pruning", "weights", "report", "benchmarks"}}
+               "benchmarks": {"model", "pruning", "weights", "cli", "program", "benchmarks"}}
     for path in SOURCES:
         room = path.parent.relative_to(ROOT).as_posix().strip(".")
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

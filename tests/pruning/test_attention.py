@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import pruning
+from cli import catalogue, parse_option
 from model.image_tokens import ImageKV, ImageTokens, Queries
-from pruning import METHODS, attention, find, load, options, parse_option
+from pruning import METHODS, attention, find, load, options
 from pruning.attention import attention_received, peak_bytes, rows_at_once
 from pruning.pruner import fits, num_kept, top_k_mask
 
@@ -250,7 +250,7 @@ def refused(function, *fragments: str):
 def test_registered_methods(method):
     pruner = load(method)
     assert type(pruner) is find(method) is METHODS[method] and pruner.name == method
-    assert set(options(METHODS[method])) >= {"keep"} and method in pruning.catalogue()
+    assert set(options(METHODS[method])) >= {"keep"} and method in catalogue()
     refused(lambda: load(method, nonsense=1), "'nonsense'", *options(METHODS[method]))
     nothing = [None] if METHODS[method].keep is not None else []       # who may do without finds a number
     for keep in 0, 0.0, -1, 1.5, -0.5, True, "half", float("nan"), float("inf"), [0.5], *nothing:

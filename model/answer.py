@@ -1,0 +1,37 @@
+"""What `encode_images` and `generate` return: encoded images, and an answer with what it cost."""
+from dataclasses import dataclass, field
+
+from model.image_tokens import ImageTokens, Tiles
+
+
+@dataclass
+class EncodedImages:
+    """The encoded images that a question is about."""
+    tiles: Tiles
+    tokens: ImageTokens | None
+    ms: float                                   # that encoding took
+    slots: int                                  # image tokens of all tiles, used or not
+    real: int                                   # image tokens of the tiles that the images fill
+
+    def expand(self, batch: int) -> ImageTokens | None:
+        """The tokens, for every sequence of a batch."""
+        return None if self.tokens is None else self.tokens.expand(batch)
+
+
+@dataclass
+class Answer:
+    """The new tokens of every sequence of the batch, and what they cost."""
+    tokens: list[list[int]]                     # without the stop token
+    seen: list[int]                             # image tokens that the new text of each sequence can see
+    kept: list[list[float]]                     # image tokens kept, of each, per cross-attention layer
+    ms: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})   # of each part
+    decoded: int = 0                            # tokens that decoding made, stop tokens among them
+    early: list[int] = field(default_factory=list)          # sequences that a smaller model answered
+    image_kv_bytes: int = 0                     # that decoding reads
+    image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step
+    text_kv_bytes: int = 0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of decoding, all sequences together; 0 where every answer ended with its first token."""
+        return self.decoded / self.ms["decode"] * 1000 if self.decoded else 0.0

@@ -1,0 +1,147 @@
+"""How a program starts and ends: messages on stderr, and errors of one line.
+
+stdout belongs to answers and tables, stderr to everything about them. A program calls `begin` before it
+imports torch, which takes seconds, so nothing of ours is imported at the top here. At its end it calls `run`.
+"""
+import argparse
+import io
+import os
+import re
+import signal
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+
+MOST = 1000                 # characters of an error message
+
+
+def begin(module: str):
+    """Silence a warning of torch's import. In the program itself, make Ctrl-C end it without a traceback.
+
+    `module` is the caller's `__name__`: whoever imports it as a library keeps their own way with Ctrl-C.
+    """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
+    if module == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, end_at_once)
+
+
+def end_at_once(number: int, frame: object):
+    """For Ctrl-C before and after `run`: the exit code that a shell gives to a program which it ended."""
+    os._exit(130)
+
+
+def run(command: Callable[[argparse.Namespace], None], arguments: Callable[[], argparse.Namespace]):
+    """Run a program; errors become one line on stderr and exit code 2, as `fail` does.
+
+    Ctrl-C ends it with exit code 130, a reader of stdout that has gone away with 141, both without a word.
+    A pruner of the user's own is a program: where it fails, its author gets the traceback.
+    """
+    early = signal.getsignal(signal.SIGINT) is end_at_once
+    if early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)     # files are closed and removed first
+    open_missing_streams()
+    try:
+        try:
+            command(arguments())
+        finally:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        discard_output()
+        raise SystemExit(141) from None
+    except Exception as error:
+        if not is_of_the_user(error) or is_in_a_pruner_of_the_user(error):
+            raise
+        discard_output()
+        fail(words_of(error))
+    finally:
+        if early:
+            signal.signal(signal.SIGINT, end_at_once)
+
+
+def open_missing_streams():
+    """Make sure that all standard streams can be used.
+
+    A closed one gets the null device, or the next file that is opened would take its place.
+    """
+    for descriptor in 0, 1, 2:
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)                      # takes the lowest number that is free
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115  open until the program ends
+    if sys.stdout is None:
+        fail("standard output is closed, so the answer would be lost; to be rid of it, use > /dev/null")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")       # what its encoding lacks is escaped
+
+
+def discard_output():
+    """What could not be written to stdout must not raise an error again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+# ----- errors
+
+
+def is_of_the_user(error: Exception) -> bool:
+    """Whether an error comes from what the user passed, or from the machine. Others are faults of ours."""
+    return isinstance(error, (ValueError, OSError, OverflowError, RecursionError)) or is_out_of_memory(error)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Memory that runs out is a RuntimeError in torch, on CUDA one of a kind of its own."""
+    words = "out of memory", "can't allocate memory", "not enough memory"
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in words))
+
+
+def is_in_a_pruner_of_the_user(error: Exception) -> bool:
+    """Whether a class of FILE.py:CLASS failed at work. Its options are checked in `pruning.load`."""
+    functions = [(str(frame.f_globals.get("__name__")), frame.f_code.co_name)
+                 for frame, _ in traceback.walk_tb(error.__traceback__)]
+    if ("pruning", "load") in functions:
+        return False
+    return any(module.endswith(".py") for module, _ in functions)
+
+
+def words_of(error: Exception) -> str:
+    """What to say of an error."""
+    if is_out_of_memory(error):
+        return f"out of memory: try a smaller model, --dtype bf16, or less at once ({error or 'MemoryError'})"
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OverflowError):
+        return f"a number is too large ({error}): give a smaller one"
+    if isinstance(error, RecursionError):
+        return f"something is nested too deeply ({error}): look at the files that you named"
+    return str(error)
+
+
+# ----- messages
+
+
+def write(text: str):
+    print(text, end="", flush=True)
+
+
+def say(text: str, end: str = "\n"):
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def fail(message: object):
+    """One line on stderr of bounded length, exit code 2."""
+    from weights.messages import one_line  # here, because it imports torch
+
+    short = re.sub(r"\S{200,}", lambda word: word.group()[:100] + "…", str(message))
+    try:
+        say(f"error: {one_line(short, MOST)}")
+    except OSError:                                             # stderr is full or gone: nobody can be told
+        sys.stderr = None                                       # and Python need not try again at its end
+    raise SystemExit(2)
