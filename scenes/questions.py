@@ -7,7 +7,7 @@ case, except for the characters on shapes. The sign is not a shape.
 
 A description reads: ITEM, ITEM and ITEM, and a sign that says NUMBER. An item is "a red heart" or "a red
 heart with K". The part about the sign is there if the scene has a sign, and always begins with ", and". The
-texts say "picture" where all else says image: the bundled checkpoint was trained on these words.
+wording of every text is fixed: the bundled checkpoint was trained on it.
 """
 import random
 from collections import Counter
