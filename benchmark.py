@@ -31,10 +31,10 @@ from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
 from cli import Parser, parse_pruner, parse_pruners, whole_number
 from evaluation.results import check_plot
+from model.llama_vision import check_length
 from program import say
 from pruning import Pruner, load
 from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
-from weights.tokenizer import check_length
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"

@@ -86,7 +86,7 @@ def examine(assistant: Assistant, scene: Scene, questions: list[Question], prune
     say yes to what is not there (`wrong_yes`) and which a smaller model gave (`early`), the share `kept` of
     the image tokens for each question, and bytes, times and decode `steps` of the batch."""
     drawn = [draw(scene).filter(ImageFilter.GaussianBlur(blur)) if blur else draw(scene)]
-    whole = assistant.encode_images(drawn, vision=any("vision" in pruner.needs for pruner in pruners))
+    whole = assistant.encode_images(drawn, keep_states=any(pruner.keep_states for pruner in pruners))
     turns, rows = [messages(question.text, 1) for question in questions], []
     for pruner in pruners:
         if rows and pruner.keeps_all:                   # as the first one, which was asked already
@@ -128,7 +128,7 @@ class Observer(Pruner):
         self.masses: list[Tensor] = []                                                      # C of [B, N]
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
-        self.masses.append(attention_received(queries, kv, heads="layer"))
+        self.masses.append(attention_received(queries, kv, per="layer"))
         return image, kv
 
 

@@ -1,17 +1,17 @@
 """Ask Llama-3.2-Vision about an image: `python generate.py --image x.png --prompt "What is this?"`.
 
-    image ── ImageProcessor ─► Tiles ── encode ─► ImageTokens ─┐
-    question ── Prompter ─► token ids ───────────────────────────┴ prefill ─► logits ─ sample ─► token ─► text
-                                                                                ▲                 │
-                                                                                └──── decode ◄────┘
+    image ──── ImageProcessor ─► Tiles ── encode ─► ImageTokens ─┐
+    question ─ ChatTokenizer ──► token ids ─────────────────────┴ prefill ─► logits ─ sample ─► token ─► text
+                                                                                 ▲                │
+                                                                                 └──── decode ◄───┘
 
-`generate` is that loop, with the hooks at which a pruner may act; read it first. `Assistant` holds the
-parts of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
+`generate` is that loop, with the hooks at which a pruner may act; read it first. `Assistant` holds the parts
+of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
 """
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -41,90 +41,75 @@ from cli import (
 from model.answer import Answer, EncodedImages
 from model.cache import Cache
 from model.clock import Clock
-from model.config import padding_id
 from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
-from model.sampling import GREEDY, Arriving, Sampler, one_ahead
+from model.sampling import GREEDY, Sampler, Transcript
 from program import say, write
-from pruning import Prompts, Pruner
+from pruning import Pruner
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.images import ImageProcessor, open_image
-from weights.tokenizer import ChatTokenizer, Detokenizer, check_length, messages
+from weights.messages import quoted
+from weights.tokenizer import ChatTokenizer, Detokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
 
 
+def no_one(sequence: int, token: int):
+    """The `emit` of those who do not watch."""
+
+
 @torch.inference_mode()
 def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None, max_new_tokens: int,
-             stop_ids: tuple[int, ...], sampler: Callable[[Tensor], Tensor] = GREEDY,
-             emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None,
+             stop_ids: tuple[int, ...], sample: Callable[[Tensor], Tensor] = GREEDY,
+             emit: Callable[[int, int], None] = no_one, pruner: Pruner | None = None,
              decode: Callable[[Tensor, Cache], Tensor] | None = None) -> Answer:
-    """Continue every prompt to a stop token or `max_new_tokens`; each new token goes to `emit(row, token)`.
+    """Continue every prompt to a stop token or `max_new_tokens`; new tokens go to `emit(sequence, token)`.
 
-    `image` is what `model.encode` made of the images; `decode` is `model.decode` if not given, or Compiled
-    of it. Raises ValueError where a prompt does not fit in, or the pruner's options do not fit the model.
+    `image` is what `model.encode` made of the images; `decode` is `model.decode` if not given, or Compiled of
+    it. Raises ValueError if a prompt does not fit, or the pruner's options do not fit the model.
     """
-    lengths = [len(prompt) for prompt in prompts]
-    for length in lengths:
-        check_length(length, max_new_tokens, model.config.text.max_position_embeddings)
-    device, pad = model.lm_head.weight.device, padding_id(model.config)
-    input_ids = torch.tensor([ids + [pad] * (max(lengths) - len(ids)) for ids in prompts], device=device)
-    seen = [0] * len(prompts) if image is None else model.tokens_seen(input_ids, lengths, image)
+    model.check_prompts(prompts, max_new_tokens)
+    check_pruner(pruner, image)
     if pruner is None or pruner.keeps_all or image is None:
-        pruner = Pruner()                                                       # bit for bit the whole model
-    if "vision" in pruner.needs and image.vision is None:
-        raise ValueError(f"{pruner.name} needs what the encoder knows of the image: give encode vision=True")
-
-    clock, rows, branches, decode = Clock(device), [*range(len(prompts))], 1, decode or model.decode
-    layers = len(model.language_model.cross_layers)
-    answer = Answer([[] for _ in prompts], seen, [[0.0] * layers for _ in prompts])
+        pruner = Pruner()                                                           # keeps everything
+    decode = decode or model.decode
+    ids, lengths = model.pad_right(prompts)                                         # [B, T]
+    seen = model.tokens_seen(ids, lengths, image)
+    clock = Clock(ids.device)
+    pruner.begin(model)
     if image is not None:
-        question = model.question(input_ids, lengths) if "question" in pruner.needs else None
-        image = pruner.encoded(image, Prompts(prompts, max_new_tokens, stop_ids, question))     # hook 1
-        branches = len(image.features) // len(prompts)
-        if early := pruner.answered():
-            for row, said in early.items():
-                answer.tokens[row] = list(said)
-                for token in said:
-                    emit(row, token)
-            rows = [row for row in rows if row not in early]
-            image, input_ids, lengths = image.rows(rows), input_ids[rows], [lengths[row] for row in rows]
-            answer.early = sorted(early)
-    if not rows:
-        answer.ms["prefill"] = clock.lap()
-        return answer
-    input_ids, lengths = input_ids.repeat(branches, 1), lengths * branches
-    logits, cache = model.prefill(input_ids, lengths, image, max_new_tokens, pruner)            # 2 and 3
-    answer.ms["prefill"] = clock.lap()
-    for row, kept in zip(rows, cache.kept(), strict=False):             # those of the first branch
-        answer.kept[row] = kept
-
-    def steps(logits: Tensor) -> Iterator[Arriving]:
-        for step in range(max_new_tokens):
-            tokens = sampler(pruner.logits(logits))                             # 5
-            yield Arriving(tokens)
-            if step + 1 < max_new_tokens:
-                logits = decode(tokens.repeat(branches), cache)     # ended rows run along, unheard
-                cache.hold(pruner.stepped(step, cache.queries, cache.images))   # 4
-                cache.hold_texts(pruner.text_cache(step, cache.texts()))
-
-    running = set(rows)
-    for step, tokens in enumerate(one_ahead(steps(logits)) if device.type == "cuda" else steps(logits)):
-        answer.decoded += len(running) if step else 0
-        for row, token in zip(rows, tokens.read(), strict=True):
-            if row in running and token in stop_ids:
-                running.remove(row)
-            elif row in running:
-                answer.tokens[row].append(token)
-                emit(row, token)
-        if not running:
+        image = pruner.encoded(image, prompts)                                      # hook 1
+    logits, cache = model.prefill(ids, lengths, image, max_new_tokens, pruner)      # hook 2
+    cache.image_kv = pruner.prefilled(cache.image_kv)                               # hook 3
+    kept = cache.kept()
+    ms = {"prefill": clock.lap()}
+    transcript = Transcript(len(prompts), stop_ids, emit, ids.device)
+    for step in range(max_new_tokens):
+        logits = pruner.logits(logits)                                              # hook 5
+        tokens = sample(logits)                                                     # [B]
+        transcript.push(tokens, logits)
+        if transcript.ended or step + 1 == max_new_tokens:
             break
-    answer.ms["decode"] = clock.lap()
-    answer.image_kv_bytes, answer.text_kv_bytes = cache.image_bytes(), cache.text_bytes()
-    answer.image_kv_stored = kv_bytes(cache.images + pruner.whole)
-    return answer
+        logits = decode(tokens, cache)                                              # [B, V]
+        cache.image_kv = pruner.stepped(step, cache.queries, cache.image_kv)        # hook 4
+    transcript.finish()
+    ms["decode"] = clock.lap()
+    return Answer(transcript.tokens, seen, kept, ms, transcript.decoded,
+                  image_kv_bytes=cache.image_bytes(), text_kv_bytes=cache.text_bytes(),
+                  image_kv_stored=kv_bytes(cache.image_kv + pruner.stored))
+
+
+def check_pruner(pruner: Pruner | None, image: ImageTokens | None):
+    """Raise ValueError for what is no pruner, or for one that cannot work on this image."""
+    if pruner is None:
+        return
+    if not isinstance(pruner, Pruner):
+        raise ValueError(f"pruner is {quoted(pruner)}, not an instance of a Pruner: make one, as in "
+                         "load('fastv', keep=0.25)")
+    if pruner.keep_states and not pruner.keeps_all and image is not None and image.states is None:
+        raise ValueError(f"{pruner.name} needs states of the encoder: encode with keep_states=True")
 
 
 class Assistant:
@@ -135,51 +120,55 @@ class Assistant:
         began = time.perf_counter()
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        device, dtype = parse_device(device), parse_dtype(dtype)        # before a download of an hour
+        device = parse_device(device)           # both before a download that may take an hour
+        dtype = parse_dtype(dtype)
         folder = find_checkpoint(source, revision)
         self.model = load_model(folder, device, dtype)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config)
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
-        if compile:         # imported here, for a compiler takes seconds to import
+        if compile:                             # imported here: a compiler takes seconds to import
             from model.compiled import Compiled
             self.decode = Compiled(self.model.decode, device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
     def encode_images(self, images: list[Image.Image], pruner: Pruner | None = None,
-             vision: bool = False) -> EncodedImages:
-        """Encode RGB images, once for any number of questions; the pruner may shrink them first. What the
-        encoder knows beside is kept where it needs that, or with `vision`."""
-        whole = self.processor(images)
-        pruner = Pruner() if pruner is None or pruner.keeps_all else pruner
-        tiles = pruner.preprocess(images, self.processor)                       # hook 0
+                      keep_states: bool = False) -> EncodedImages:
+        """Encode RGB images, once for any number of questions. `pruner` may shrink them first; states of the
+        encoder are kept if it needs them, or with `keep_states`."""
+        if pruner is None or pruner.keeps_all:
+            pruner = Pruner()
+        config = self.model.config.vision
+        real = self.model.image_tokens(self.processor(images).grid.tolist())
+        slots = len(images) * config.max_num_tiles * config.tokens_per_tile
+        tiles = pruner.preprocess(images, self.processor)                           # hook 0
         clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
-            tokens = self.model.encode([tiles], vision or "vision" in pruner.needs)
-        real = self.model.image_tokens(whole.grid.tolist())
-        slots = len(whole) * self.model.image_tokens([(self.model.config.vision.max_num_tiles, 1)])
+            tokens = self.model.encode([tiles], keep_states or pruner.keep_states)
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
     def answer(self, conversations: list[list[dict]], encoded: EncodedImages, max_new_tokens: int,
-            sampler: Sampler = GREEDY, date: str | None = None,
-            emit: Callable[[int, int], None] = lambda row, token: None, pruner: Pruner | None = None
-            ) -> Answer:
-        """Answer the last turn of each conversation about one image (or several images, or none).
+               sampler: Sampler = GREEDY, date: str | None = None, emit: Callable[[int, int], None] = no_one,
+               pruner: Pruner | None = None) -> Answer:
+        """Answer the last turn of each conversation; all are about the same images (or none).
 
-        A pruner works on the image anew each time: what one question leaves out, the next may need.
+        A pruner starts from all image tokens each time: what one question does not need, the next may.
         """
+        if not conversations:
+            raise ValueError("there is no conversation to answer: give at least one")
         prompts = [self.tokenizer.encode(conversation, date) for conversation in conversations]
-        answer = generate(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
-                          self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
+        run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
+        answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
+                     self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
         answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
         return answer
 
-    def warm_up(self, rows: int, encoded: EncodedImages):
-        """Compile what answers of so many rows about this image need; no answer waits for it then."""
+    def warm_up(self, batch: int, encoded: EncodedImages):
+        """Compile what a batch of answers about these images needs, so that no answer waits for it."""
         question = messages("?", len(encoded.tiles) if encoded.tokens is not None else 0)
         clock = Clock(self.model.lm_head.weight.device)
-        prompts = [self.tokenizer.encode(question)] * rows
-        generate(self.model, prompts, encoded.expand(rows), WARM_UP_TOKENS, (), decode=self.decode)
+        prompts = [self.tokenizer.encode(question)] * batch
+        generate(self.model, prompts, encoded.expand(batch), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()
 
 

@@ -39,7 +39,7 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
         views = {str(pruner): subject.tiles(tiles, pruner) for pruner in pruners}
-        vision = any("vision" in pruner.needs for pruner in pruners)
+        vision = any(pruner.keep_states for pruner in pruners)
         images = {name: subject.model.encode([view], vision) for name, view in views.items()}
         ids, samples = subject.prompt(batch, prompt_tokens), {str(pruner): [] for pruner in pruners}
         order = Random(0)
@@ -76,7 +76,7 @@ def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
 def read_bytes(cache: Cache) -> float:
     """Of the image keys and values that a step's attention reads: padding does not count."""
     return sum(float(kv.counts().sum()) * (kv.key.nbytes + kv.value.nbytes) / kv.key[:, 0, :, 0].numel()
-               for kv in cache.images)
+               for kv in cache.image_kv)
 
 
 def once(subject: Subject, pruner: Pruner, ids: Tensor, image: ImageTokens, new_tokens: int
@@ -89,7 +89,7 @@ def once(subject: Subject, pruner: Pruner, ids: Tensor, image: ImageTokens, new_
     token = clock.lap() / new_tokens
     timed = Timed(pruner, subject.device)
     logits, cache = subject.read(ids, image, new_tokens, timed)
-    own, stored = timed.ms, kv_bytes(cache.images + pruner.whole)
+    own, stored = timed.ms, kv_bytes(cache.image_kv + pruner.stored)
     timed.ms, read = 0.0, []
     greedy = Greedy(subject.model.decode, logits, cache, 1, timed)
     for _ in range(new_tokens):

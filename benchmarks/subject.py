@@ -15,11 +15,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from benchmarks.measure import timed
-from model.cache import Cache, TextKV
+from model.cache import Cache
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
-from pruning import Prompts, Pruner
+from pruning import Pruner, Wrapper
 from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
 
@@ -166,10 +166,11 @@ class Subject:
 
     def read(self, ids: Tensor, image: ImageTokens, room: int, pruner: Pruner) -> tuple[Tensor, Cache]:
         """Prefill of prompts [B, T] about one image, with the pruner's hooks 1 to 3: logits and cache."""
-        question = self.model.question(ids, [ids.shape[1]] * len(ids)) if "question" in pruner.needs else None
-        image = pruner.encoded(image.expand(len(ids)), Prompts(ids.tolist(), room, (), question))
-        ids = ids.repeat(len(image.features) // len(ids), 1)                            # branches
-        return self.model.prefill(ids, [ids.shape[1]] * len(ids), image, room, pruner)
+        pruner.begin(self.model)
+        image = pruner.encoded(image.expand(len(ids)), ids.tolist())
+        logits, cache = self.model.prefill(ids, [ids.shape[1]] * len(ids), image, room, pruner)
+        cache.image_kv = pruner.prefilled(cache.image_kv)
+        return logits, cache
 
 
 def depths(config: Config) -> tuple[int, int]:
@@ -191,8 +192,8 @@ class Greedy:
         for _ in range(self.each):
             logits = self.decode(self.tokens, self.cache)
             if self.pruner is not None:
-                self.cache.hold(self.pruner.stepped(self.step, self.cache.queries, self.cache.images))
-                self.cache.hold_texts(self.pruner.text_cache(self.step, self.cache.texts()))
+                image_kv = self.pruner.stepped(self.step, self.cache.queries, self.cache.image_kv)
+                self.cache.image_kv = image_kv
             self.tokens = self._pick(logits)        # at once: a CUDA graph writes over its logits
             self.step += 1
 
@@ -210,30 +211,25 @@ def grid_of(vision: VisionConfig, count: int) -> Grid:
     return min(grids, key=lambda grid: (max(grid), grid))
 
 
-class Timed(Pruner):
+class Timed(Wrapper):
     """Does what the pruner inside does, and adds up the milliseconds of its hooks in `ms`."""
 
     def __init__(self, inner: Pruner, device: torch.device):
-        self.inner, self.device, self.keep, self.ms = inner, device, inner.keep, 0.0
-        self.needs = inner.needs
+        super().__init__(inner)
+        self.device = device
+        self.ms = 0.0
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         return self._add(lambda: self.inner.encoded(image, prompts))
-
-    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
-        self._add(lambda: self.inner.text_layer(i, q, key, lengths))
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         return self._add(lambda: self.inner.layer(i, queries, image, kv))
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        return self._add(lambda: self.inner.prefilled(kvs))
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        return self._add(lambda: self.inner.prefilled(image_kv))
 
-    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
-        return self._add(lambda: self.inner.stepped(step, queries, kvs))
-
-    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
-        return self._add(lambda: self.inner.text_cache(step, texts))
+    def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
+        return self._add(lambda: self.inner.stepped(step, queries, image_kv))
 
     def logits(self, logits: Tensor) -> Tensor:
         return self._add(lambda: self.inner.logits(logits))

@@ -39,7 +39,7 @@ class PutBack:
         if self.repeat:
             text = self.model.config.text
             share = text.num_attention_heads // text.num_key_value_heads
-            for t in texts + [t for kv in cache.images for t in (kv.key, kv.value)]:
+            for t in texts + [t for kv in cache.image_kv for t in (kv.key, kv.value)]:
                 t.repeat_interleave(share, dim=1)
         self.held += 1
         return self.model.decode(tokens, cache)
@@ -72,7 +72,7 @@ def waterfall(subject: Subject, peer: Peer | None, pruner: Pruner, batch: int, t
             ("static text cache", False, model.decode)):
         logits, cache = subject.read(ids, image, room, whole)
         if padded:
-            cache.images = [all_slots(kv, slots) for kv in cache.images]
+            cache.image_kv = [all_slots(kv, slots) for kv in cache.image_kv]
         jobs[name] = Greedy(lever, logits, cache, each)
     for name, keeps in ("compiled", whole), (f"pruned ({pruner})", pruner):
         logits, cache = subject.read(ids, model.encode([subject.tiles(tiles, keeps)]), room, keeps)

@@ -1,5 +1,5 @@
 """What `encode_images` and `generate` return: encoded images, and an answer with what it cost."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from model.image_tokens import ImageTokens, Tiles
 
@@ -30,6 +30,11 @@ class Answer:
     image_kv_bytes: int = 0                     # that decoding reads
     image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step
     text_kv_bytes: int = 0
+
+    def first(self, sequences: int) -> "Answer":
+        """Of a batch that holds every prompt twice: the answers of the first half."""
+        return replace(self, tokens=self.tokens[:sequences], seen=self.seen[:sequences],
+                       kept=self.kept[:sequences], decoded=self.decoded // 2)
 
     @property
     def tokens_per_second(self) -> float:

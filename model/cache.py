@@ -1,8 +1,8 @@
 """What decoding needs of everything before it: keys and values of the text, and of the images.
 
-Its tensors stay where they are and keep their shape while tokens are decoded: room for the text is taken at
-once, in whole BUCKETs, and `positions`, on the device, say how much of it is filled; the rest is masked. So a
-step is the same work every time, and `model/compiled.py` can compile it.
+The text's tensors are static buffers: room for the whole answer is allocated at once, in whole BUCKETs, and
+`positions`, on the device, says how much of it is filled; the rest is masked. So every decode step is the
+same work on the same addresses, and `model/compiled.py` can compile it.
 B batch, H query heads, G key/value heads, d head width.
 """
 from dataclasses import dataclass, field
@@ -21,53 +21,52 @@ def rounded_up(tokens: int, bucket: int = BUCKET) -> int:
 
 
 @dataclass
-class TextKV:
-    """Keys and values of one self-attention layer; in a batch row the first of its `lengths` are filled."""
-    key: Tensor                     # [B, G, capacity, d] rotated
-    value: Tensor                   # [B, G, capacity, d]
-    lengths: Tensor                 # [B]
-
-
-@dataclass
 class Cache:
-    keys: list[Tensor]              # per self-attention layer [B, G, capacity, d], allocated once
-    values: list[Tensor]
-    positions: Tensor               # [B] tokens read of each batch row: the next one's place in the text
-    filled: Tensor                  # [B] of these held, fewer where some were let go: its slot
-    frequencies: Tensor             # [d/2] of the rotation, from `rotary_frequencies`
-    images: list[ImageKV] = field(default_factory=list)     # per cross-attention layer; none: nobody sees any
-    rows: Tensor | None = None      # [B, 1, 1] True where generated tokens see an image; None = everywhere
-    queries: list[Tensor] = field(default_factory=list)     # [B, H, 1, d] of the last step, like `images`
+    text_keys: list[Tensor]         # per self-attention layer [B, G, capacity, d], rotated
+    text_values: list[Tensor]       # per self-attention layer [B, G, capacity, d]
+    positions: Tensor               # [B] tokens read so far: the position of the next one, and its slot
+    frequencies: Tensor             # [d/2] of the rotary embedding, from `rotary_frequencies`
+    sees_image: Tensor | None = None        # [B, 1, 1] whether new tokens see an image; None: all of them do
+    queries: list[Tensor] = field(default_factory=list)     # [B, H, 1, d] of the last step, per cross layer
+    _image_kv: list[ImageKV] = field(default_factory=list)
+    _compacted: list[ImageKV] = field(default_factory=list)
+
+    @property
+    def image_kv(self) -> list[ImageKV]:
+        """Per cross-attention layer; empty if no sequence sees an image."""
+        return self._image_kv
+
+    @image_kv.setter
+    def image_kv(self, image_kv: list[ImageKV]):
+        """Decode with these from now on. Tokens that are masked in every sequence are dropped."""
+        if image_kv is not self._compacted:
+            known = {id(kv) for kv in self._compacted}
+            self._image_kv = [kv if id(kv) in known else kv.compact(self.sees_image) for kv in image_kv]
+            self._compacted = self._image_kv
+
+    def see_from(self, seen: Tensor):
+        """New tokens see what one query position of each sequence sees: its images, `seen` [B, 2]. The other
+        tokens are masked, and dropped when `image_kv` is assigned."""
+        sees_image = seen[:, 0] < seen[:, 1]                                                # [B]
+        self.sees_image = None if sees_image.all() else sees_image[:, None, None]
+        self._image_kv = [kv.seen_from(seen) for kv in self._image_kv] if sees_image.any() else []
 
     def text_mask(self) -> Tensor:
-        """[B, 1, 1, capacity] True where the next token, once entered, may look."""
-        slots = torch.arange(self.keys[0].shape[2], device=self.filled.device)
-        return (slots <= self.filled[:, None])[:, None, None]
-
-    def texts(self) -> list["TextKV"]:
-        """What is held of the text, per self-attention layer: the tensors themselves, without a copy."""
-        return [TextKV(*layer, self.filled) for layer in zip(self.keys, self.values, strict=True)]
-
-    def hold_texts(self, texts: list["TextKV"]):
-        """Decode with these from now on: fewer entries of each batch row, the same number in all layers."""
-        if texts and texts[0].key is not self.keys[0]:
-            for key, value, text in zip(self.keys, self.values, texts, strict=True):
-                key[:, :, :text.key.shape[2]], value[:, :, :text.value.shape[2]] = text.key, text.value
-            self.filled.copy_(texts[0].lengths)
-
-    def hold(self, kvs: list[ImageKV]):
-        """Decode with these from now on; tokens that are masked everywhere are let go."""
-        if kvs is not self.images:
-            self.images = [kv.settle(self.rows) for kv in kvs]
+        """[B, 1, 1, capacity] True where the next token may look, once it is in its slot."""
+        slots = torch.arange(self.text_keys[0].shape[2], device=self.positions.device)
+        return (slots <= self.positions[:, None])[:, None, None]
 
     def kept(self) -> list[list[float]]:
-        """Image tokens held for each batch row, per cross-attention layer; a mean over key/value heads."""
-        rows = torch.ones(len(self.positions)) if self.rows is None else self.rows.flatten().cpu().float()
-        counts = [kv.counts().cpu() * rows for kv in self.images]
-        return torch.stack(counts, dim=1).tolist() if counts else [[] for _ in self.positions]
+        """Image tokens of each sequence in each cross-attention layer; a mean over key/value heads."""
+        if not self._image_kv:
+            return [[] for _ in self.positions]
+        counts = torch.stack([kv.counts().cpu() for kv in self._image_kv], dim=1)           # [B, layers]
+        if self.sees_image is not None:
+            counts = counts * self.sees_image[:, 0].cpu()
+        return counts.tolist()
 
     def text_bytes(self) -> int:
-        return sum(t.nbytes for t in self.keys + self.values)
+        return sum(tensor.nbytes for tensor in self.text_keys + self.text_values)
 
     def image_bytes(self) -> int:
-        return kv_bytes(self.images)
+        return kv_bytes(self._image_kv)

@@ -54,17 +54,18 @@ class Compiled:
             if self.owner() is not None:            # it is still in use somewhere, and keeps its buffers
                 self.buffers = {}
             self.owner = weakref.ref(cache)
-            for name, texts in ("keys", cache.keys), ("values", cache.values):
-                texts[:] = [self._buffer(f"{name} {i}", text, text.shape[2]) for i, text in enumerate(texts)]
+            for name, buffers in ("keys", cache.text_keys), ("values", cache.text_values):
+                for i, text in enumerate(buffers):
+                    buffers[i] = self._buffer(f"{name} {i}", text, text.shape[2])
             cache.positions = self._buffer("positions", cache.positions)
-            cache.filled = self._buffer("filled", cache.filled)
             everywhere = torch.ones_like(cache.positions, dtype=torch.bool)[:, None, None]
-            cache.rows = self._buffer("rows", everywhere if cache.rows is None else cache.rows)
-        for i, kv in enumerate(cache.images):
+            sees_image = everywhere if cache.sees_image is None else cache.sees_image
+            cache.sees_image = self._buffer("sees image", sees_image)
+        for i, kv in enumerate(cache.image_kv):
             held = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
             if kv.key is not held[0] or kv.mask is not held[1]:
                 length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # a length of 1 is no variable
-                cache.images[i] = self._image_buffers(i, kv, length)
+                cache.image_kv[i] = self._image_buffers(i, kv, length)
 
     def _image_buffers(self, layer: int, kv: ImageKV, length: int) -> ImageKV:
         shape = kv.key.shape[:3]

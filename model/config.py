@@ -86,12 +86,3 @@ class Config:
     vision: VisionConfig = field(default_factory=VisionConfig)
     text: TextConfig = field(default_factory=TextConfig)
     image_token_index: int = 128256
-
-
-def padding_id(config: Config) -> int:
-    """The token id that fills the shorter prompts of a batch: in the embedding table, not the image token.
-
-    No token attends to padding, so its value never matters. The pad_token_id of a checkpoint may lie outside
-    the embedding table or be the image token, so it is not used.
-    """
-    return 1 if config.image_token_index == 0 else 0

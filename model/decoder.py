@@ -1,8 +1,8 @@
 """The language model: Llama 3.1 layers, and between them gated cross-attention layers that look at the image.
 
-A cross-attention layer makes its keys and values from the ImageTokens that the encoder left, layer by layer
-during prefill, and keeps them for decoding as ImageKV. Image keys carry no position: dropping one is exactly
-masking it. Text rows that see no image (everything before the first one) skip these layers exactly.
+A cross-attention layer makes its keys and values from the ImageTokens, layer by layer during prefill, and the
+cache keeps them for decoding. Image keys carry no position, so dropping one is exactly masking it. Positions
+of the text that see no image (everything before the first one) skip these layers exactly.
 B batch, T text tokens, N image tokens, H query heads, G key/value heads, d head width, D model width.
 """
 from typing import Protocol
@@ -10,23 +10,17 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from model.cache import Cache, TextKV, rounded_up
+from model.cache import Cache, rounded_up
 from model.config import EXTRA_EMBEDDINGS, TextConfig
-from model.image_tokens import ImageKV, ImageTokens, Queries, Sight, sight
+from model.image_tokens import ImageKV, ImageTokens, Queries, attention_mask
 from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequencies, rotate, split_heads
 
 
-class Moments(Protocol):
-    """What reading a prompt calls of a pruner: the second and third of the hooks in `pruning/pruner.py`."""
-
-    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor) -> None: ...
+class LayerHook(Protocol):
+    """What prefill calls at every cross-attention layer: hook 2 of `pruning/pruner.py`."""
 
     def layer(self, i: int, queries: Queries, image: ImageTokens,
               kv: ImageKV) -> tuple[ImageTokens, ImageKV]: ...
-
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]: ...
-
-    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]: ...
 
 
 class Decoder(nn.Module):
@@ -45,56 +39,73 @@ class Decoder(nn.Module):
         return [layer for layer in self.layers if isinstance(layer, CrossAttentionLayer)]
 
     def new_cache(self, lengths: list[int], capacity: int) -> Cache:
-        """Room for `capacity` tokens in each row, for prompts of these lengths."""
-        c, like = self.config, self.norm.weight
+        """Room for `capacity` tokens in each sequence, for prompts of these lengths."""
+        c = self.config
+        like = self.norm.weight
         shape = len(lengths), c.num_key_value_heads, rounded_up(capacity), c.head_dim
-        depth = sum(isinstance(layer, SelfAttentionLayer) for layer in self.layers)
-        keys, values = ([like.new_zeros(shape) for _ in range(depth)] for _ in range(2))
+        depth = len(self.layers) - len(self.cross_layers)
+        keys = [like.new_zeros(shape) for _ in range(depth)]
+        values = [like.new_zeros(shape) for _ in range(depth)]
         positions = torch.tensor(lengths, device=like.device)
-        return Cache(keys, values, positions, positions.clone(), rotary_frequencies(c, like.device))
+        return Cache(keys, values, positions, rotary_frequencies(c, like.device))
 
     def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor | None,
-                cache: Cache | None = None, pruner: Moments | None = None) -> Tensor:
-        """A whole sequence [B, T] -> hidden states [B, T, D] after the last norm; fills `cache` where one
-        is given. `seen` [B, T, 2] are the images that each row sees, if any; `pruner` needs a cache.
+                cache: Cache | None = None, pruner: LayerHook | None = None) -> Tensor:
+        """Whole sequences [B, T] -> hidden states [B, T, D] after the last norm.
 
-        Shorter rows are padded on the right: what stands there is never seen by the tokens before it.
+        `seen` [B, T, 2] are the images that each position sees (`visible_images`). A `cache` is filled, if
+        one is given; a `pruner` needs one. Shorter sequences are padded on the right: the tokens before the
+        padding never see it.
         """
-        x = self.embed_tokens(input_ids)
-        positions = torch.arange(x.shape[1], device=x.device)[None]
+        x = self.embed_tokens(input_ids)                                                # [B, T, D]
+        T = x.shape[1]
+        positions = torch.arange(T, device=x.device)[None]
         angles = rotary_angles(positions, rotary_frequencies(self.config, x.device))
-        seeing = None if image is None else sight(seen)
-        gaze = None if seeing is None else Gaze(seeing, image, cache, pruner)
-        depth = 0
+        if image is not None:
+            sees_image = seen[..., :1] < seen[..., 1:]                                  # [B, T, 1]
+        if pruner is not None and image is not None:
+            asking = seen * (positions < cache.positions[:, None])[..., None]           # padding asks nothing
+        i_self = i_cross = 0
+        text_q = text_k = None
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
-                x, q, k, v = layer(x, angles)
-                if gaze is not None and pruner is not None:
-                    pruner.text_layer(depth, q, k, cache.positions)
+                x, text_q, text_k, text_v = layer(x, angles)
                 if cache is not None:
-                    cache.keys[depth][:, :, :k.shape[2]] = k
-                    cache.values[depth][:, :, :v.shape[2]] = v
-                depth += 1
-            elif gaze is not None:
-                x = gaze(layer, x)
+                    cache.text_keys[i_self][:, :, :T] = text_k
+                    cache.text_values[i_self][:, :, :T] = text_v
+                i_self += 1
+            elif image is not None:
+                q = layer.queries(x)                                                    # [B, H, T, d]
+                kv = layer.keys_values(image)                                           # [B, G, N, d]
+                if pruner is not None:
+                    queries = Queries(q, asking, x, text_q, text_k)
+                    image, kv = pruner.layer(i_cross, queries, image, kv)               # hook 2
+                x = layer(x, q, kv, sees_image, attention_mask(seen, kv))
+                if cache is not None:
+                    cache.image_kv.append(kv)
+                text_q = text_k = None
+                i_cross += 1
         return self.norm(x)
 
     def step(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """One more token for each row [B] -> hidden states [B, 1, D]; `cache` grows by one."""
-        x = self.embed_tokens(tokens[:, None])
-        angles, mask = rotary_angles(cache.positions[:, None], cache.frequencies), cache.text_mask()
-        slots = torch.arange(len(tokens), device=x.device), cache.filled
-        texts, images = iter(zip(cache.keys, cache.values, strict=True)), iter(cache.images)
+        """One more token of each sequence [B] -> hidden states [B, 1, D]; `cache` grows by one."""
+        x = self.embed_tokens(tokens[:, None])                                          # [B, 1, D]
+        angles = rotary_angles(cache.positions[:, None], cache.frequencies)
+        mask = cache.text_mask()                                                        # [B, 1, 1, capacity]
+        slots = torch.arange(len(tokens), device=x.device), cache.positions
+        i_self = i_cross = 0
         cache.queries = []
         for layer in self.layers:
             if isinstance(layer, SelfAttentionLayer):
-                x = layer.step(x, angles, *next(texts), slots, mask)
-            elif cache.images:
-                q, kv = layer.queries(x), next(images)
+                x = layer.step(x, angles, cache.text_keys[i_self], cache.text_values[i_self], slots, mask)
+                i_self += 1
+            elif cache.image_kv:
+                q = layer.queries(x)                                                    # [B, H, 1, d]
+                kv = cache.image_kv[i_cross]
+                x = layer(x, q, kv, cache.sees_image, kv.decode_mask())
                 cache.queries.append(q)
-                x = layer(x, q, kv, cache.rows, kv.scores_mask())
+                i_cross += 1
         cache.positions += 1
-        cache.filled += 1
         return self.norm(x)
 
     def flops(self, tokens: int, past: int, image_tokens: int, project_image: bool) -> int:
@@ -114,37 +125,6 @@ class Decoder(nn.Module):
         return (c.num_hidden_layers - cross) * text + (cross * image if image_tokens else 0)
 
 
-class Gaze:
-    """Takes text through the cross-attention layers, one after the other; a pruner may act at each."""
-
-    def __init__(self, seeing: Sight, image: ImageTokens, cache: Cache | None, pruner: Moments | None):
-        self.seeing, self.image, self.cache, self.pruner = seeing, image, cache, pruner
-        self.mask, self.ordinal = seeing.mask(image), 0
-
-    def __call__(self, layer: "CrossAttentionLayer", x: Tensor) -> Tensor:
-        """Rows of x [B, T, D] that see no image come back unchanged."""
-        blind, x = x[:, :self.seeing.start], x[:, self.seeing.start:]
-        q, kv, mask = layer.queries(x), layer.cross_attn.keys_values(self.image), self.mask
-        if self.pruner is not None:
-            image, used = self.pruner.layer(self.ordinal, self._asked(layer, q, x), self.image, kv)
-            if used is not kv:
-                kv, mask = used, self.seeing.mask(used)
-            if image is not self.image:                 # what the next layers make their keys and values of
-                self.image, self.mask = image, self.seeing.mask(image)
-        if self.cache is not None:
-            self.cache.images.append(kv)
-        self.ordinal += 1
-        x = layer(x, q, kv, self.seeing.rows, mask)
-        return torch.cat((blind, x), dim=1) if self.seeing.start else x
-
-    def _asked(self, layer: "CrossAttentionLayer", q: Tensor, x: Tensor) -> Queries:
-        """Padding on the right of shorter prompts asks nothing."""
-        seen, start = self.seeing.seen, self.seeing.start
-        real = torch.arange(start, start + seen.shape[1], device=seen.device) < self.cache.positions[:, None]
-        return Queries(q, seen * real[..., None], x, layer.cross_attn_attn_gate.tanh(),
-                       layer.cross_attn.o_proj.weight)
-
-
 class SelfAttentionLayer(nn.Module):
     def __init__(self, c: TextConfig):
         super().__init__()
@@ -154,18 +134,19 @@ class SelfAttentionLayer(nn.Module):
         self.mlp = SwiGLU(c)
 
     def forward(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Causal over x [B, T, D]; returns the new x, queries [B, H, T, d], keys and values [B, G, T, d]."""
+        """Causal attention over x [B, T, D] -> the new x; queries [B, H, T, d]; keys, values [B, G, T, d]."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
         x = x + self.self_attn.o_proj(attend(q, k, v, causal=True))
         return x + self.mlp(self.post_attention_layernorm(x)), q, k, v
 
     def step(self, x: Tensor, angles: tuple[Tensor, Tensor], keys: Tensor, values: Tensor,
              slots: tuple[Tensor, Tensor], mask: Tensor) -> Tensor:
-        """One token x [B, 1, D] over the cache [B, G, capacity, d], which it enters first: at slot `slots[1]`
-        of batch row `slots[0]`."""
+        """One token x [B, 1, D] over the cached `keys` and `values` [B, G, capacity, d], into which its own
+        are written first: `slots` are the sequences [B] and the slot of each [B]."""
         q, k, v = self.self_attn.project(self.input_layernorm(x), angles)
-        row, slot = slots
-        keys[row, :, slot], values[row, :, slot] = k[:, :, 0], v[:, :, 0]
+        sequence, slot = slots
+        keys[sequence, :, slot] = k[:, :, 0]
+        values[sequence, :, slot] = v[:, :, 0]
         x = x + self.self_attn.o_proj(attend(q, keys, values, mask))
         return x + self.mlp(self.post_attention_layernorm(x))
 
@@ -205,12 +186,21 @@ class CrossAttentionLayer(nn.Module):
         """Text [B, T, D] -> [B, H, T, d]."""
         return self.cross_attn.queries(self.input_layernorm(x))
 
-    def forward(self, x: Tensor, q: Tensor, kv: ImageKV, rows: Tensor | None, mask: Tensor | None) -> Tensor:
-        """x [B, T, D] and its queries; `rows` and `mask` as in Sight."""
-        h = self.cross_attn(q, kv, mask)
-        x = x + self.cross_attn_attn_gate.tanh() * (h if rows is None else h * rows)
+    def keys_values(self, image: ImageTokens) -> ImageKV:
+        """Image tokens [B, N, D] -> keys and values [B, G, N, d]."""
+        return self.cross_attn.keys_values(image)
+
+    def forward(self, x: Tensor, q: Tensor, kv: ImageKV, sees_image: Tensor | None,
+                mask: Tensor | None) -> Tensor:
+        """x [B, T, D] and its queries q [B, H, T, d] -> [B, T, D].
+
+        Positions where `sees_image` [B, T, 1] is False come out unchanged (None: all of them see one); `mask`
+        [B, K, T, N] as `attend` takes it.
+        """
+        h = self.cross_attn(q, kv, mask)                                                # [B, T, D]
+        x = x + self.cross_attn_attn_gate.tanh() * (h if sees_image is None else h * sees_image)
         h = self.mlp(self.post_attention_layernorm(x))
-        return x + self.cross_attn_mlp_gate.tanh() * (h if rows is None else h * rows)
+        return x + self.cross_attn_mlp_gate.tanh() * (h if sees_image is None else h * sees_image)
 
 
 class CrossAttention(Projections):

@@ -6,16 +6,14 @@
 `forward` is the same network over whole sequences without a cache: for training, and for checking those two.
 Shapes: B batch, T text tokens, N image tokens, D model width, V vocabulary.
 """
-from itertools import islice
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.cache import Cache
-from model.config import Config
-from model.decoder import CrossAttentionLayer, Decoder, Moments, SelfAttentionLayer
-from model.image_tokens import ImageTokens, Tiles, Vision, visible, visible_images
+from model.config import EXTRA_EMBEDDINGS, Config
+from model.decoder import CrossAttentionLayer, Decoder, LayerHook, SelfAttentionLayer
+from model.image_tokens import EncoderStates, ImageTokens, Tiles, visible_images, visible_tokens
 from model.vision import VisionEncoder
 
 
@@ -29,10 +27,10 @@ class LlamaVision(nn.Module):
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
     def forward(self, input_ids: Tensor, tiles: list[Tiles | None]) -> Tensor:
-        """Logits at every position: input_ids [B, T], the images of each row -> [B, T, V] fp32.
+        """Logits at every position: input_ids [B, T], the images of each sequence -> [B, T, V] fp32.
 
-        Rows shorter than T are padded on the right with anything that is not an image token. Raises
-        ValueError where a row's image tokens and images differ in number.
+        Sequences shorter than T are padded on the right with anything that is not an image token. Raises
+        ValueError if the image tokens of a sequence and its images differ in number.
         """
         return self.read(input_ids, self.encode(tiles))
 
@@ -42,103 +40,112 @@ class LlamaVision(nn.Module):
 
     def hidden(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
         """The states [B, T, D] that `lm_head` turns into logits: for a loss on some positions only."""
-        return self.language_model(input_ids, image, self._seen(input_ids, image))
+        return self.language_model(input_ids, image, self.visible_images(input_ids, image))
 
-    def encode(self, tiles: list[Tiles | None], vision: bool = False) -> ImageTokens | None:
-        """The images of each batch row -> their tokens, real tiles only; None where no row has an image.
+    def encode(self, tiles: list[Tiles | None], keep_states: bool = False) -> ImageTokens | None:
+        """The images of each sequence -> their tokens, without padding tiles; None if there is no image.
 
-        With `vision`, what the encoder knows of them is kept as well.
+        With `keep_states` they keep `EncoderStates`.
         """
-        held = [row for row in tiles if row is not None]
-        if not sum(map(len, held)):
+        grids = [[] if each is None else each.grid.tolist() for each in tiles]
+        counts = [len(each) for each in grids]
+        if not sum(counts):
             return None
-        pictures = self._encode_images(Tiles.cat(held), vision)                   # states of each
-        rest, rows, coords_of = iter(pictures), [], []
-        for grids in ([] if row is None else row.grid.tolist() for row in tiles):
-            states = zip(*islice(rest, len(grids)), strict=True) if grids else ([s[:0]] for s in pictures[0])
-            rows.append([torch.cat(list(state)) for state in states])               # [tokens of the row, ...]
-            coords = [(image, *where) for image, grid in enumerate(grids) for where in self._places(*grid)]
-            coords_of.append(torch.tensor(coords, dtype=torch.long).view(-1, 4))
-        lengths = torch.tensor([len(coords) for coords in coords_of])
-        mask = (torch.arange(int(lengths.max())) < lengths[:, None]).to(pictures[0][0].device)
-        features, *states = (pad_sequence(state, batch_first=True) for state in zip(*rows, strict=True))
-        return ImageTokens(features,
-                           pad_sequence(coords_of, batch_first=True, padding_value=-1).to(mask.device),
-                           None if mask.all() else mask, Vision(tiles, *states) if vision else None)
+        images = Tiles.cat([each for each in tiles if each is not None])
+        features, *states = [side_by_side(each, counts) for each in self._encode_images(images, keep_states)]
+        coords = [self._coords(i, *grid) for each in grids for i, grid in enumerate(each)]
+        coords = side_by_side(coords, counts, padding=-1).to(features.device)           # [B, N, 4]
+        mask = coords[..., 0] >= 0
+        return ImageTokens(features, coords, None if mask.all() else mask,
+                           EncoderStates(tiles, *states) if keep_states else None)
 
-    def _encode_images(self, tiles: Tiles, vision: bool) -> list[tuple[Tensor, ...]]:
-        """Encode and project pictures, those with equal grids together; each -> [tokens, D]; with `vision`
-        also what the encoder knows of them."""
-        weight, grids = self.multi_modal_projector.weight, [tuple(grid) for grid in tiles.grid.tolist()]
-        states = [()] * len(grids)
+    def _encode_images(self, tiles: Tiles, keep_states: bool) -> list[list[Tensor]]:
+        """Features of every image [n, D], and lists of its other states; equal grids are encoded together."""
+        projector = self.multi_modal_projector
+        grids = [tuple(grid) for grid in tiles.grid.tolist()]
+        outputs: list[list[Tensor]] = [[None] * len(grids) for _ in range(4 if keep_states else 1)]
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
-            pixels = tiles.pixels[members].to(weight.device, weight.dtype)
-            encoded = self.vision_model.states(pixels, grid)
-            projected = self.multi_modal_projector(encoded[0])
-            for i, *each in zip(members, projected, *(encoded if vision else ()), strict=True):
-                states[i] = tuple(each)
-        return states
+            pixels = tiles.pixels[members].to(projector.weight.device, projector.weight.dtype)
+            states = self.vision_model(pixels, grid)
+            for output, encoded in zip(outputs, (projector(states[0]), *states), strict=False):
+                for i, image in zip(members, encoded, strict=True):
+                    output[i] = image
+        return outputs
 
-    def _places(self, rows: int, columns: int) -> list[tuple[int, int, int]]:
+    def _coords(self, image: int, rows: int, columns: int) -> Tensor:
+        """Image, tile, patch row and patch column of the tokens of one image, [n, 4]."""
         side = self.config.vision.patches_per_side
-        tile = [(-1, -1)] + [(r, c) for r in range(side) for c in range(side)]
-        return [(t, *where) for t in range(rows * columns) for where in tile]
+        class_token = [(-1, -1)]
+        patches = [(row, column) for row in range(side) for column in range(side)]
+        return torch.tensor([(image, tile, *where) for tile in range(rows * columns)
+                             for where in class_token + patches])
 
     def prefill(self, input_ids: Tensor, lengths: list[int], image: ImageTokens | None,
-                max_new_tokens: int, pruner: Moments | None = None) -> tuple[Tensor, Cache]:
-        """Read prompts [B, T], row b holding `lengths[b]` tokens and padding on its right.
+                max_new_tokens: int, pruner: LayerHook | None = None) -> tuple[Tensor, Cache]:
+        """Read prompts [B, T]; sequence b has `lengths[b]` tokens and padding on its right.
 
-        Returns the logits after each prompt's last token [B, V], and a Cache with room for the new tokens.
-        `pruner` may drop image tokens at every cross-attention layer, and once more when all is read.
+        Returns the logits after each prompt's last token [B, V] fp32, and a Cache with room for the new
+        tokens, which see what the last prompt token sees. `pruner` may drop image tokens at every
+        cross-attention layer. Raises ValueError if image tokens and images differ in number.
         """
         device = input_ids.device
         last = torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device) - 1
-        seen = self._seen(input_ids, image)
+        seen = self.visible_images(input_ids, image)                                    # [B, T, 2]
         cache = self.language_model.new_cache(lengths, input_ids.shape[1] + max_new_tokens)
-        hidden = self.language_model(input_ids, image, seen, cache, pruner)
-        if cache.images:
-            self._keep_what_is_seen(cache, seen[last], pruner)
-            if pruner is not None:
-                cache.hold_texts(pruner.text_cache(-1, cache.texts()))
+        hidden = self.language_model(input_ids, image, seen, cache, pruner)             # [B, T, D]
+        cache.see_from(seen[last])
         return self.lm_head(hidden[last]).float(), cache
 
-    def question(self, input_ids: Tensor, lengths: list[int]) -> Tensor:
-        """What the text alone comes to: the prompts of `prefill` without their image tokens -> the states of
-        their last tokens, after the last norm, [B, D]."""
-        words = [ids[:length][ids[:length] != self.config.image_token_index]
-                 for ids, length in zip(input_ids, lengths, strict=True)]
-        padded, last = pad_sequence(words, batch_first=True), [len(ids) - 1 for ids in words]
-        return self.language_model(padded, None, None)[torch.arange(len(words)), last]
-
     def decode(self, tokens: Tensor, cache: Cache) -> Tensor:
-        """The logits [B, V] after one more token of each row [B]."""
+        """The logits [B, V] fp32 after one more token of each sequence [B]."""
         return self.lm_head(self.language_model.step(tokens, cache)[:, 0]).float()
 
-    def _seen(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
-        """`visible_images`; ValueError where text and images do not fit together."""
-        held = [0] * len(input_ids) if image is None else (image.coords[..., 0].amax(1) + 1).tolist()
-        if len(held) != len(input_ids):
-            raise ValueError(f"{len(input_ids)} rows of text, but images for {len(held)}: None if without")
+    def visible_images(self, input_ids: Tensor, image: ImageTokens | None) -> Tensor:
+        """The images that each position sees, [B, T, 2]; ValueError if text and images do not fit."""
+        B = len(input_ids)
+        images = [0] * B if image is None else (image.coords[..., 0].amax(1) + 1).tolist()
+        if len(images) != B:
+            raise ValueError(f"{B} sequences of text, but images for {len(images)}: give one list for each")
         named = (input_ids == self.config.image_token_index).sum(1).tolist()
-        for row, (tokens, images) in enumerate(zip(named, held, strict=True)):
-            if tokens != images:
-                raise ValueError(f"row {row} has {tokens} image tokens in its text but {images} images; "
-                                 "give one for each")
+        for b in range(B):
+            if named[b] != images[b]:
+                raise ValueError(f"sequence {b} has {named[b]} image tokens in its text but {images[b]} "
+                                 "images: give one for each")
         return visible_images(input_ids, self.config.image_token_index)
 
-    def tokens_seen(self, input_ids: Tensor, lengths: list[int], image: ImageTokens) -> list[int]:
-        """How many image tokens the last token of each prompt sees, and with it all that is generated."""
-        last = torch.tensor(lengths, device=input_ids.device)[:, None, None].expand(-1, 1, 2) - 1
-        seen = self._seen(input_ids, image).take_along_dim(last, 1)                       # [B, 1, 2]
-        return visible(seen, image).sum((1, 2, 3)).tolist()
+    def check_prompts(self, prompts: list[list[int]], max_new_tokens: int):
+        """Raise ValueError for prompts that cannot be answered."""
+        if self.lm_head.weight.is_meta:
+            raise ValueError("the model is on the meta device, which holds no weights: load it on cpu or cuda")
+        if not prompts:
+            raise ValueError("there is no prompt: give at least one")
+        known = self.config.text.vocab_size + EXTRA_EMBEDDINGS
+        for b, ids in enumerate(prompts):
+            if not ids:
+                raise ValueError(f"prompt {b} is empty: give it at least one token")
+            for token in ids:
+                if type(token) is not int or not 0 <= token < known:
+                    raise ValueError(f"prompt {b} holds {str(token)[:30]}, but token ids are 0 to {known - 1}")
+            check_length(len(ids), max_new_tokens, self.config.text.max_position_embeddings)
 
-    def _keep_what_is_seen(self, cache: Cache, seen: Tensor, pruner: Moments | None):
-        """Generated tokens see what the last prompt token saw [B, 2]; the rest is let go, without a loss."""
-        sees = seen[:, 0] < seen[:, 1]                                                    # [B]
-        cache.rows = None if sees.all() else sees[:, None, None]
-        kvs = [kv.seen_by(seen) for kv in cache.images] if sees.any() else []
-        cache.hold(pruner.prefilled(kvs) if pruner is not None and kvs else kvs)
+    def pad_right(self, prompts: list[list[int]]) -> tuple[Tensor, list[int]]:
+        """Token ids of several lengths -> [B, T] on the model's device, and the lengths.
+
+        Nothing ever sees the padding; it only must not look like an image.
+        """
+        lengths = [len(ids) for ids in prompts]
+        padding = 1 if self.config.image_token_index == 0 else 0
+        padded = [ids + [padding] * (max(lengths) - len(ids)) for ids in prompts]
+        return torch.tensor(padded, device=self.lm_head.weight.device), lengths
+
+    def tokens_seen(self, input_ids: Tensor, lengths: list[int], image: ImageTokens | None) -> list[int]:
+        """How many image tokens the last token of each prompt sees, and with it all generated tokens."""
+        if image is None:
+            return [0] * len(lengths)
+        last = torch.tensor(lengths, device=input_ids.device)[:, None, None].expand(-1, 1, 2) - 1
+        seen = self.visible_images(input_ids, image).take_along_dim(last, 1)            # [B, 1, 2]
+        return visible_tokens(seen, image).sum((1, 2, 3)).tolist()
 
     # ----- what it costs
 
@@ -154,12 +161,14 @@ class LlamaVision(nn.Module):
         return counts
 
     def flops(self, prompt_tokens: int, grids: list[tuple[int, int]], new_tokens: int = 1) -> dict[str, int]:
-        """Operations to encode pictures of these grids of tiles, to read a prompt, and to decode after it.
+        """Operations to encode images of these grids of tiles, to read a prompt, and to decode after it.
 
         One row, every prompt token seeing every picture. The first new token comes from prefill.
         """
-        c, N = self.config, self.image_tokens(grids)
-        head, decoder = 2 * c.text.hidden_size * c.text.vocab_size, self.language_model
+        c = self.config
+        N = self.image_tokens(grids)
+        decoder = self.language_model
+        head = 2 * c.text.hidden_size * c.text.vocab_size
         projector = 2 * N * c.vision.output_dim * c.text.hidden_size
         steps = range(prompt_tokens, prompt_tokens + new_tokens - 1)
         return {"encode": sum(self.vision_model.flops(grid) for grid in grids) + projector,
@@ -167,15 +176,38 @@ class LlamaVision(nn.Module):
                 "decode": sum(decoder.flops(1, past, N, project_image=False) + head for past in steps)}
 
     def kv_bytes(self, tokens: int, grids: list[tuple[int, int]]) -> dict[str, int]:
-        """Bytes that the caches of one row take: for `tokens` text tokens, and for pictures of these grids.
+        """Bytes that the caches of one sequence take: for `tokens` text tokens, and images of these grids.
 
         Room for text comes in whole buckets: `rounded_up(tokens)` of them is what is allocated.
         """
-        c, cross = self.config.text, len(self.config.text.cross_attention_layers)
+        c = self.config.text
+        cross = len(c.cross_attention_layers)
         each = 2 * c.num_key_value_heads * c.head_dim * self.lm_head.weight.element_size()
         return {"text": (c.num_hidden_layers - cross) * tokens * each,
                 "image": cross * self.image_tokens(grids) * each}
 
     def image_tokens(self, grids: list[tuple[int, int]]) -> int:
-        """Real image tokens of pictures of these grids."""
+        """Real image tokens of images of these grids."""
         return sum(rows * columns for rows, columns in grids) * self.config.vision.tokens_per_tile
+
+
+def side_by_side(images: list[Tensor], counts: list[int], padding: float = 0) -> Tensor:
+    """States of single images [n, width] -> of the images of each sequence, `counts[b]` of them one after the
+    other, padded to the longest: [B, N, width]."""
+    sequences = []
+    first = 0
+    for count in counts:
+        own = images[first:first + count]
+        sequences.append(torch.cat(own) if own else images[0][:0])
+        first += count
+    return pad_sequence(sequences, batch_first=True, padding_value=padding)
+
+
+def check_length(prompt_tokens: int, max_new_tokens: int, max_position_embeddings: int):
+    """Raise ValueError if a prompt and the new tokens asked for do not fit into the model's context."""
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}, but must be at least 1")
+    total = prompt_tokens + max_new_tokens
+    if total > max_position_embeddings:
+        raise ValueError(f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones make {total}, but the "
+                         f"context holds {max_position_embeddings}: shorten the prompt or ask for fewer")

@@ -1,5 +1,5 @@
 """The last step of the data flow: logits become the next token, and the token comes to the host."""
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,9 +8,10 @@ from torch import Tensor
 
 @dataclass
 class Sampler:
-    """Greedy at temperature 0; else Meta's top-p rule: a token goes if likelier ones hold more than `top_p`.
+    """Greedy at temperature 0; else Meta's top-p rule, which leaves out a token if likelier ones
+    together have more than `top_p`.
 
-    Every row draws from its own generator, seeded alike, so that a batch gives what each prompt gives alone.
+    Every sequence draws from its own generator, seeded alike, so a batch gives what each prompt gives alone.
     """
     temperature: float = 0.0
     top_p: float = 0.9
@@ -40,28 +41,68 @@ class Sampler:
 
 
 GREEDY = Sampler()
+NOT_FINITE = -1             # stands for a token whose logits are not finite
 
 
-class Arriving:
-    """Tokens [B] on their way from the device, copied as soon as they are there."""
+class Transcript:
+    """The answers as they grow: new tokens come to the host, are checked, recorded and handed to `emit`.
 
-    def __init__(self, tokens: Tensor):
-        self.tokens = tokens.to("cpu", non_blocking=True)
-        self.there = torch.cuda.Event() if tokens.is_cuda else None
-        if self.there:
-            self.there.record()
+    On a GPU the tokens of a step are read when the next step has been started, so that it never waits for
+    them. `tokens` has the answers without their stop tokens; `decoded` counts the tokens that decode steps
+    made, stop tokens included.
+    """
 
-    def read(self) -> list[int]:
-        """Waits for them, but not for what the device was given to do since."""
-        if self.there:
-            self.there.synchronize()
-        return self.tokens.tolist()
+    def __init__(self, sequences: int, stop_ids: tuple[int, ...], emit: Callable[[int, int], None],
+                 device: torch.device):
+        self.tokens: list[list[int]] = [[] for _ in range(sequences)]
+        self.decoded = 0
+        self.running = set(range(sequences))
+        self.stop_ids = stop_ids
+        self.emit = emit
+        self._lag = 1 if device.type == "cuda" else 0
+        self._steps = 0
+        self._arriving: list[tuple[Tensor, torch.cuda.Event | None]] = []
 
+    @property
+    def ended(self) -> bool:
+        """Whether every answer is known to have ended."""
+        return not self.running
 
-def one_ahead(steps: Iterator[Arriving]) -> Iterator[Arriving]:
-    """The same steps, each when the next one has been started: a GPU works on while its tokens are read."""
-    before = next(steps)
-    for step in steps:
-        yield before
-        before = step
-    yield before
+    def push(self, tokens: Tensor, logits: Tensor):
+        """The next token of every sequence [B], and the logits [B, V] that it was sampled from.
+
+        Raises ValueError if those of an answer that goes on are not finite.
+        """
+        finite = logits.isfinite().all(-1)
+        marked = torch.where(finite, tokens.to(finite.device), NOT_FINITE)
+        host = marked.to("cpu", non_blocking=True)
+        event = torch.cuda.Event() if marked.is_cuda else None
+        if event:
+            event.record()
+        self._arriving.append((host, event))
+        while len(self._arriving) > self._lag:
+            self._read(*self._arriving.pop(0))
+
+    def finish(self) -> "Transcript":
+        """Read what is still on its way."""
+        for host, event in self._arriving:
+            self._read(host, event)
+        self._arriving = []
+        return self
+
+    def _read(self, host: Tensor, event: "torch.cuda.Event | None"):
+        if event:
+            event.synchronize()
+        self.decoded += len(self.running) if self._steps else 0         # the first tokens come from prefill
+        self._steps += 1
+        for sequence, token in enumerate(host.tolist()):
+            if sequence not in self.running:
+                continue
+            if token == NOT_FINITE:
+                raise ValueError("the model's logits are not finite: fp16 overflows where bf16 and fp32 do "
+                                 "not (choose another dtype), or its weights hold NaN or infinity")
+            if token in self.stop_ids:
+                self.running.remove(sequence)
+            else:
+                self.tokens[sequence].append(token)
+                self.emit(sequence, token)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import VisionConfig
+from model.image_tokens import Grid
 from model.layers import attend, split_heads
 
 
@@ -35,36 +36,35 @@ class VisionEncoder(nn.Module):
         self.transformer = Stack(c, c.num_hidden_layers, gated=False)
         self.global_transformer = Stack(c, c.num_global_layers, gated=True)
 
-    def forward(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Encode images of one grid: pixels [I, max_tiles, 3, S, S] -> [I, real tiles · P, output_dim].
+    def forward(self, pixels: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode images of one grid of tiles: pixels [I, max_tiles, 3, S, S] -> what the projector reads,
+        [I, N, output_dim], N = real tiles · P.
 
-        Tiles beyond rows x columns must be zeros, as the image processor leaves them.
+        Two more states of the same tokens, for pruners that ask for them: the input of the last global layer,
+        and the input of that layer's MLP, both [I, N, D]. Tiles beyond rows x columns must be zeros, as the
+        image processor leaves them.
         """
-        return self.states(pixels, grid)[0]
-
-    def states(self, pixels: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
-        """`forward`; and of the same tokens what entered the last global layer, [I, real tiles · P, D], and
-        what its MLP was given."""
-        c, real = self.config, grid[0] * grid[1]
+        c = self.config
+        real = grid[0] * grid[1]
         ratio = c.ratio_id(*grid)
         tiles = real + 1 if real < c.max_num_tiles and self._padding_alike(ratio, real) else c.max_num_tiles
         x = self._embed(pixels[:, :tiles], ratio, real)                                  # [I, t, P, D]
         x = torch.cat((x.flatten(1, 2), x.new_zeros(len(x), tiles, c.hidden_size)), 1)   # [I, t·P + t, D]
-        layout = Layout(real, tiles, c)
+        layout = Layout(real, tiles, c, x.device)
         taps = []
         for i, layer in enumerate(self.transformer.layers):
             if i in c.intermediate_layers_indices:
                 taps.append(x[:, :layout.real])               # the input of the layer, not its output
-            x = layer(x, layout)
-        post = self.post_tile_positional_embedding(ratio, real, tiles)                    # [t, 1, D]
+            x, _ = layer(x, layout)
+        post = self.post_tile_positional_embedding(ratio, real, tiles)                   # [t, 1, D]
         x = self.layernorm_post(x) + torch.cat((post.repeat_interleave(c.tokens_per_tile, 0), post))[:, 0]
         *layers, last = self.global_transformer.layers
         for layer in layers:
-            x = layer(x, layout)
-        entering = x[:, :layout.real]
-        leaving = last.attend(x, layout, rows=layout.real)      # nobody asks what becomes of padding
-        x, leaving = last.think(leaving)
-        return torch.cat((x, torch.stack(taps, dim=-1).flatten(2)), dim=-1), entering, leaving
+            x, _ = layer(x, layout)
+        entering = x[:, :layout.real]                                                    # [I, N, D]
+        x, attended = last(x, layout, layout.real)            # nothing reads the padding any more
+        taps = torch.stack(taps, dim=-1).flatten(2)           # interleaved: channel d of tap k is d·5 + k
+        return torch.cat((x, taps), dim=-1), entering, attended
 
     def _embed(self, pixels: Tensor, ratio: int, real: int) -> Tensor:
         images, tiles = pixels.shape[:2]
@@ -95,17 +95,19 @@ class VisionEncoder(nn.Module):
 
 
 class Layout:
-    """Which rows of the sequence are real, and which rows each kind of query sees.
+    """Which tokens of the encoder's sequence are real, and which tokens each kind of query sees.
 
-    Rows are [tile 0 | tile 1 | ... | one zero token of each tile]. Real queries see every key as often as
-    it occurs in the full sequence of max_tiles padded tiles; padding queries see the real keys alone.
+    The sequence is [tile 0 | tile 1 | ... | one zero token of each tile]. Real queries see every key as often
+    as it occurs in the full sequence of max_tiles padded tiles; padding queries see the real keys only.
     """
 
-    def __init__(self, real_tiles: int, tiles: int, c: VisionConfig):
-        P, slots = c.tokens_per_tile, [min(slot, tiles - 1) for slot in range(c.max_num_tiles)]
+    def __init__(self, real_tiles: int, tiles: int, c: VisionConfig, device: torch.device):
+        P = c.tokens_per_tile
+        slots = [min(slot, tiles - 1) for slot in range(c.max_num_tiles)]
+        patches = [slot * P + i for slot in slots for i in range(P)]
+        zeros = [tiles * P + slot for slot in slots for _ in range(c.pad_tokens)]
         self.real = real_tiles * P
-        self.keys = torch.tensor([slot * P + i for slot in slots for i in range(P)]
-                                 + [tiles * P + slot for slot in slots for _ in range(c.pad_tokens)])
+        self.keys = torch.tensor(patches + zeros, device=device)
 
 
 class Stack(nn.Module):
@@ -128,20 +130,13 @@ class VisionLayer(nn.Module):
             self.gate_attn = nn.Parameter(torch.full((1,), torch.pi / 4))
             self.gate_ffn = nn.Parameter(torch.full((1,), torch.pi / 4))
 
-    def forward(self, x: Tensor, layout: Layout) -> Tensor:
-        """x [I, t·P + t, D] -> the same."""
-        return self.think(self.attend(x, layout))[0]
-
-    def attend(self, x: Tensor, layout: Layout, rows: int | None = None) -> Tensor:
-        """The first half: x [I, t·P + t, D] -> the same, or its first `rows` alone."""
-        h = self.self_attn(self.input_layernorm(x), layout, rows)
-        return x[:, :rows] + (self.gate_attn.tanh() * h if self.gated else h)
-
-    def think(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The second half; also what the MLP was given."""
-        normed = self.post_attention_layernorm(x)
-        h = self.mlp(normed)
-        return x + (self.gate_ffn.tanh() * h if self.gated else h), normed
+    def forward(self, x: Tensor, layout: Layout, tokens: int | None = None) -> tuple[Tensor, Tensor]:
+        """x [I, t·P + t, D] -> the same, or its first `tokens` only; and what the MLP was given."""
+        h = self.self_attn(self.input_layernorm(x), layout, tokens)
+        x = x[:, :tokens] + (self.gate_attn.tanh() * h if self.gated else h)
+        attended = self.post_attention_layernorm(x)
+        h = self.mlp(attended)
+        return x + (self.gate_ffn.tanh() * h if self.gated else h), attended
 
 
 class VisionAttention(nn.Module):
@@ -153,12 +148,12 @@ class VisionAttention(nn.Module):
         self.v_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
         self.o_proj = nn.Linear(c.hidden_size, c.hidden_size, bias=False)
 
-    def forward(self, x: Tensor, layout: Layout, rows: int | None) -> Tensor:
-        q = split_heads(self.q_proj(x[:, :rows]), self.heads)
-        k, v = (split_heads(proj(x), self.heads) for proj in (self.k_proj, self.v_proj))
+    def forward(self, x: Tensor, layout: Layout, tokens: int | None) -> Tensor:
         n = layout.real
-        keys = layout.keys.to(x.device)
-        real = attend(q[:, :, :n], k.index_select(2, keys), v.index_select(2, keys))
+        q = split_heads(self.q_proj(x[:, :tokens]), self.heads)                          # [I, H, T, d]
+        k = split_heads(self.k_proj(x), self.heads)
+        v = split_heads(self.v_proj(x), self.heads)
+        real = attend(q[:, :, :n], k.index_select(2, layout.keys), v.index_select(2, layout.keys))
         padding = attend(q[:, :, n:], k[:, :, :n], v[:, :, :n])
         return self.o_proj(torch.cat((real, padding), dim=1))
 

@@ -3,6 +3,7 @@ import importlib.util
 import sys
 from dataclasses import fields
 from pathlib import Path
+from types import ModuleType
 
 from pruning.attention import attention_received
 from pruning.methods.aircache import AirCache
@@ -19,13 +20,16 @@ from pruning.methods.spatial import Spatial
 from pruning.methods.topv import TopV
 from pruning.methods.trimmed_llama import TrimmedLlama
 from pruning.methods.zipvl import ZipVL
-from pruning.pruner import Prompts, Pruner, SelectOnce, SelectPerLayer, hooks, options, top_k_mask
+from pruning.options import options
+from pruning.pruner import Pruner, SelectOnce, SelectPerLayer, Wrapper, hooks
+from pruning.select import top_k_mask
+from weights.messages import one_line, quoted
 
 METHODS = {method.name: method for method in (
     Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT, SGL,
     QueCC, Random, Spatial, Downsample)}
 
-__all__ = ["METHODS", "Prompts", "Pruner", "SelectOnce", "SelectPerLayer", "attention_received", "find",
+__all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
            "hooks", "load", "options", "top_k_mask"]
 
 
@@ -35,9 +39,10 @@ def load(method: str, /, **settings) -> Pruner:
     Raises ValueError with one line that lists what there is, for an unknown method, option or value.
     """
     found = find(method)
-    if unknown := settings.keys() - {field.name for field in fields(found)}:
-        raise ValueError(f"{method} has no option {min(unknown)!r}; it has "
-                         + ", ".join(f"{name}: {what}" for name, what in options(found).items()))
+    unknown = settings.keys() - {field.name for field in fields(found)}
+    if unknown:
+        known = ", ".join(f"{name}: {what}" for name, what in options(found).items())
+        raise ValueError(f"{one_line(method)} has no option {quoted(min(unknown))}; it has {known}")
     return found(**settings)
 
 
@@ -47,24 +52,28 @@ def find(method: str) -> type[Pruner]:
     if not colon and method in METHODS:
         return METHODS[method]
     if not path.endswith(".py"):
-        raise ValueError(f"there is no pruning method {method!r}; choose one of {', '.join(METHODS)}, "
+        raise ValueError(f"there is no pruning method {quoted(method)}; choose one of {', '.join(METHODS)}, "
                          "or name a class in a file, as in mine.py:Mine")
-    found = getattr(_run(Path(path)), name, None)
+    found = vars(run_file(Path(path))).get(name)
     if not (isinstance(found, type) and issubclass(found, Pruner)):
-        raise ValueError(f"{path} has no class {name!r} that is a Pruner")
+        raise ValueError(f"{one_line(path)} has no class {quoted(name)} that is a Pruner")
     return found
 
 
-def _run(path: Path):
-    """The module in a file, run anew."""
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; a method is named as in mine.py:Mine")
+def run_file(path: Path) -> ModuleType:
+    """The module in a file, executed again each time."""
+    try:
+        there = path.is_file()
+    except OSError as error:                # a name of 300 letters, or a folder without permission
+        raise ValueError(f"{one_line(path)}: {error.strerror}; a method is named as in mine.py:Mine") from None
+    if not there:
+        raise ValueError(f"{one_line(path)}: no such file; a method is named as in mine.py:Mine")
     spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module         # where dataclasses look up annotations
     try:
         spec.loader.exec_module(module)
     except Exception as error:              # it is a program: anything may fail
-        words = " ".join(str(error).split())
-        raise ValueError(f"{path}: cannot be imported: {type(error).__name__}: {words}") from error
+        raise ValueError(f"{one_line(path)}: cannot be imported: {type(error).__name__}: {one_line(error)}"
+                         ) from error
     return module

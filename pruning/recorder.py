@@ -1,51 +1,34 @@
-"""Recorder: a pruner around another one, which acts exactly as that one does, and remembers.
+"""Recorder: a pruner around another one, which does exactly what that one does, and remembers what it saw.
 
-It needs no hook and no change anywhere else: the hooks bring everything that a map of what was kept, or of
-where the prompt looks, is drawn from (`pruning/image.py`). n image tokens, N with padding.
+A map of what was kept, or of what the prompt attends to, is drawn from it (`pruning/visualize.py`).
+n image tokens without padding, N with it.
 """
 from PIL import Image
 from torch import Tensor
 
-from model.cache import TextKV
 from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
 from pruning.attention import attention_received
-from pruning.pruner import Prompts, Pruner
+from pruning.pruner import Pruner, Wrapper
 from weights.images import ImageProcessor
 
 
-class Recorder(Pruner):
-    """Does what the pruner inside does, and remembers of batch row 0 what the maps need.
+class Recorder(Wrapper):
+    """Remembers, for sequence 0 of the batch, what the maps need; a new answer begins anew.
 
-    `tiles` are what the encoder read, None where hook 0 was not called; `image` the tokens that entered
-    hook 1, `kvs` what every layer holds after prefill; with `attention`, `mass` has for every layer the
-    attention on each image token [n], and its place [n, 4]. Features, keys and values are cut to width 0:
-    nothing is held that decoding has let go. A new answer begins anew.
+    `tiles` are what the encoder read (None if hook 0 was not called), `image` the tokens before hook 1,
+    `image_kv` what every layer keeps after prefill; with `attention`, `received` has for every layer the
+    attention that each image token receives [n] and its coords [n, 4]. Features, keys and values are cut to
+    width 0, so that no memory is held which decoding has freed.
     """
 
     def __init__(self, inner: Pruner, attention: bool = False):
-        self.inner = Pruner() if inner.keeps_all else inner
-        self.keep, self.attention, self.words = inner.keep, attention, str(inner)
+        super().__init__(Pruner() if inner.keeps_all else inner)
+        self.attention = attention
+        self.words = str(inner)
         self.tiles: Tiles | None = None
         self.image: ImageTokens | None = None
-        self.kvs: list[ImageKV] = []
-        self.mass: list[tuple[Tensor, Tensor]] = []
-
-    @property
-    def keeps_all(self) -> bool:
-        """False: its hooks are to be called."""
-        return False
-
-    @property
-    def needs(self) -> tuple[str, ...]:
-        return self.inner.needs
-
-    @property
-    def merges(self) -> bool:
-        return self.inner.merges
-
-    @property
-    def whole(self) -> list[ImageKV]:
-        return self.inner.whole
+        self.image_kv: list[ImageKV] = []
+        self.received: list[tuple[Tensor, Tensor]] = []
 
     def __str__(self) -> str:
         return self.words
@@ -54,39 +37,28 @@ class Recorder(Pruner):
         self.tiles = self.inner.preprocess(images, processor)
         return self.tiles
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         mask = None if image.mask is None else image.mask[:1].cpu()
-        self.image = ImageTokens(image.features.new_empty(1, image.features.shape[1], 0).cpu(),
-                                 image.coords[:1].cpu(), mask)
-        self.kvs, self.mass = [], []
+        nothing = image.features.new_empty(1, image.features.shape[1], 0).cpu()
+        self.image = ImageTokens(nothing, image.coords[:1].cpu(), mask)
+        self.image_kv = []
+        self.received = []
         return self.inner.encoded(image, prompts)
-
-    def answered(self) -> dict[int, list[int]]:
-        return self.inner.answered()
-
-    def text_layer(self, i: int, q: Tensor, key: Tensor, lengths: Tensor):
-        self.inner.text_layer(i, q, key, lengths)
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if self.attention:
-            one = ImageKV(kv.key[:1], kv.value[:1], kv.coords[:1], None if kv.mask is None else kv.mask[:1])
-            mass = attention_received(Queries(queries.q[:1], queries.seen[:1]), one, heads="layer")[0]
-            there = slice(None) if one.mask is None else one.mask[0, 0]
-            self.mass.append((mass[there].cpu(), one.coords[0, 0, there].cpu()))
+            mask = None if kv.mask is None else kv.mask[:1]
+            first = ImageKV(kv.key[:1], kv.value[:1], kv.coords[:1], mask)
+            received = attention_received(Queries(queries.q[:1], queries.seen[:1]), first, per="layer")[0]
+            there = slice(None) if mask is None else mask[0, 0]
+            self.received.append((received[there].cpu(), first.coords[0, 0, there].cpu()))
         return self.inner.layer(i, queries, image, kv)
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        kvs = self.inner.prefilled(kvs)
-        nothing = [kv.key.new_empty(1, *kv.key.shape[1:3], 0).cpu() for kv in kvs]
-        self.kvs = [ImageKV(empty, empty, kv.coords[:1].cpu(), None if kv.mask is None else kv.mask[:1].cpu())
-                    for empty, kv in zip(nothing, kvs, strict=True)]
-        return kvs
-
-    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
-        return self.inner.stepped(step, queries, kvs)
-
-    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
-        return self.inner.text_cache(step, texts)
-
-    def logits(self, logits: Tensor) -> Tensor:
-        return self.inner.logits(logits)
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        image_kv = self.inner.prefilled(image_kv)
+        self.image_kv = []
+        for kv in image_kv:
+            nothing = kv.key.new_empty(1, *kv.key.shape[1:3], 0).cpu()
+            mask = None if kv.mask is None else kv.mask[:1].cpu()
+            self.image_kv.append(ImageKV(nothing, nothing, kv.coords[:1].cpu(), mask))
+        return image_kv

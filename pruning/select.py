@@ -1,19 +1,68 @@
-"""How a number of image tokens is shared out over sets of unlike size: over layers, or key/value heads.
+"""Which tokens to keep, and how many: one rule of rounding, ties and budgets for all methods.
 
-For methods that keep more in some layers than in others; and what they may go by. Numbers are rounded once,
-over all sets together, so that their sum is exact; `pruning.pruner` has the rule for sets of equal size.
-B batch, N image tokens, C layers.
+`top_k_mask` keeps the same share of every image in every set. For methods that keep more in some layers or
+key/value heads than in others, the second half shares a number of tokens out over sets of unlike size: it is
+rounded once, over all sets together, so that the sum is exact.
+B batch, N image tokens, K = 1 or G sets of tokens, C layers.
 """
 import math
 
 import torch
 from torch import Tensor
 
-from pruning.pruner import num_kept
+from model.image_tokens import ImageKV, ImageTokens, each_image
 
 FAINTEST = 1e-6         # of the greatest weight: even a weight of 0 gets something once all others are full
 HALVINGS = 200          # enough to fix a double
 FLAT = 1e-6             # of their mean: scores that differ by less are equal but for rounding
+
+
+def num_kept(keep: float | int, tokens: Tensor) -> Tensor:
+    """How many of `tokens` (int64) to keep: a fraction rounded half up, or a number, but at least one."""
+    if isinstance(keep, float):
+        exact = (keep * tokens.double()).mul(1e6).round().div(1e6)      # 0.1 * 15 is 1.5, not a little more
+        return exact.add(0.5).floor().long().clamp(min=1)
+    return tokens.clamp(1, keep)
+
+
+def top_k_mask(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV) -> Tensor:
+    """The highest scores of every image, as many as `keep` says: [B, N] or [B, K, N] -> the same, bool.
+
+    Of equal scores the first win. Padding is never among them. Raises ValueError if a score is NaN.
+    """
+    kept = torch.zeros_like(scores, dtype=torch.bool)
+    for there in each_image(tokens):
+        if there.ndim < scores.ndim:
+            there = there[:, None]
+        elif there.ndim > scores.ndim:
+            there = there[:, 0]
+        n = num_kept(keep, there.sum(-1, keepdim=True))                                 # [B, 1] or [B, K, 1]
+        ours = scores.masked_fill(~there, -math.inf)
+        refuse_nan(ours)
+        least = ours.topk(int(n.max()), dim=-1).values.take_along_dim(n - 1, -1)        # the n-th highest
+        above = ours > least
+        equal = ours == least
+        room = n - above.sum(-1, keepdim=True)
+        kept |= there & (above | (equal & (equal.cumsum(-1) <= room)))
+    return kept
+
+
+def refuse_nan(scores: Tensor):
+    """Raise ValueError if a score is NaN, as when attention overflows: no ranking would mean anything."""
+    if scores.isnan().any():
+        raise ValueError("the scores of the image tokens are not finite: fp16 overflows where bf16 and fp32 "
+                         "do not (choose another dtype), or the weights hold NaN or infinity")
+
+
+def random_scores(seed: int, prompts: list[list[int]], image: ImageTokens) -> Tensor:
+    """A random number for each token, [B, N]: others for every prompt and `seed`, the same ones alone and
+    in a batch."""
+    generators = [torch.Generator().manual_seed(hash((seed, *ids))) for ids in prompts]
+    numbers = [torch.rand(image.coords.shape[1], generator=generator) for generator in generators]
+    return torch.stack(numbers).to(image.coords.device)
+
+
+# ----- budgets that are shared out
 
 
 def budget(keep: float | int, tokens: Tensor, sets: int) -> Tensor:
@@ -30,7 +79,8 @@ def allocate(weights: list[float], total: int, cap: int) -> list[int]:
     goes to each of the largest remainders; of equal ones the first win. A total below 1 or above `cap` for
     each counts as that; equal weights where all are 0.
     """
-    parts, greatest = len(weights), max(weights)
+    parts = len(weights)
+    greatest = max(weights)
     total = min(max(total, parts), cap * parts)
     shares = [max(weight / greatest, FAINTEST) for weight in weights] if greatest > 0 else [1.0] * parts
 
@@ -52,17 +102,22 @@ def allocate(weights: list[float], total: int, cap: int) -> list[int]:
 def allocated(weights: Tensor, keep: float | int, tokens: Tensor) -> Tensor:
     """How many of its `tokens` [B] each layer keeps, by the `weights` of the layers [B, C]: [B, C]."""
     totals = budget(keep, tokens, weights.shape[1])
-    rows = zip(weights.tolist(), totals.tolist(), tokens.tolist(), strict=True)
-    return torch.tensor([allocate(*row) for row in rows], device=tokens.device)
+    sequences = zip(weights.tolist(), totals.tolist(), tokens.tolist(), strict=True)
+    return torch.tensor([allocate(*each) for each in sequences], device=tokens.device)
 
 
 def highest(scores: Tensor, n: Tensor | int, there: Tensor) -> Tensor:
-    """The `n` [..., 1] highest `scores` [..., N] of those that are `there`, bool; of equal ones the first."""
-    order = scores.masked_fill(~there, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    """The `n` [..., 1] highest `scores` [..., N] of those that are `there`, bool; of equal ones the first.
+
+    Raises ValueError if a score is NaN.
+    """
+    ours = scores.masked_fill(~there, -torch.inf)
+    refuse_nan(ours)
+    order = ours.argsort(dim=-1, descending=True, stable=True)
     return there & (order.argsort(dim=-1) < n)
 
 
-# ----- what they go by
+# ----- statistics that budgets are shared out by
 
 
 def normalised(statistic: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Maps of what a pruner kept, or of where the prompt looks, drawn over the image as the model saw it.
 
-    Recorder(pruner) ── generate ─► Recorder.image, .kvs, .mass ── kept_map, attention_map ─► a PIL image
+    Recorder(pruner) ── generate ─► Recorder.image, .image_kv, .received ── kept_map, attention_map ─► a PIL image
 
 The image is rebuilt from the Tiles that the encoder read, with their black margin, so that every patch is
 where the model saw it: `coords` are image, tile, row and column. Class tokens have no position in the tile;
@@ -35,7 +35,7 @@ def kept_map(images: list[Image.Image], processor: ImageProcessor, recorder: Rec
     last prompt token sees, and for each cross-attention layer if the layers differ. `title` is the first line
     of the legend. Raises ValueError if nothing was recorded, or if other images were.
     """
-    held = [coords_of(kv) for kv in recorder.kvs]
+    held = [coords_of(kv) for kv in recorder.image_kv]
     views = views_of(images, processor, recorder, [coords for sets in held for coords in sets])
     blocks = []
     every = []
@@ -66,9 +66,9 @@ def attention_map(images: list[Image.Image], processor: ImageProcessor, recorder
     layer has no colour there. `title` is the first line of the legend. Raises ValueError if no attention was
     recorded, or if other images were.
     """
-    views = views_of(images, processor, recorder, [coords for _, coords in recorder.mass])
+    views = views_of(images, processor, recorder, [coords for _, coords in recorder.received])
     blocks = [[] for _ in views]
-    for i, (mass, coords) in enumerate(recorder.mass):
+    for i, (mass, coords) in enumerate(recorder.received):
         patch = coords[:, 2] >= 0
         share, most = mass / mass.sum(), mass[patch].max() if patch.any() else mass.max()
         for cells, view in zip(blocks, views, strict=True):
@@ -79,7 +79,7 @@ def attention_map(images: list[Image.Image], processor: ImageProcessor, recorder
             heat = view.spread(coords[mine], mass[mine] / most).clamp(0, 1).sqrt()
             there = view.spread(coords[mine], torch.ones(int(mine.sum()))) > 0
             cells.append(cell(view.paint(there.float(), heat), label))
-    dropped = min(len(mass) for mass, _ in recorder.mass) < len(coords_of(recorder.image)[0])
+    dropped = min(len(mass) for mass, _ in recorder.received) < len(coords_of(recorder.image)[0])
     return sheet(blocks, title, [
         "attention of the prompt on each patch, mean over heads, in each cross-attention layer",
         "brightest: most (square root)" + ("; no colour: dropped before this layer" if dropped else ""),

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from model.image_tokens import ImageTokens
+from generate import generate
+from model.image_tokens import ImageKV, ImageTokens
 from model.llama_vision import LlamaVision
 from pruning.methods.attention_predictor import AttentionPredictor, Network
 from scenes.draw import RATIOS, draw, make_scene
@@ -87,18 +88,19 @@ def logs(model: LlamaVision, tokenizer: ChatTokenizer, processor: ImageProcessor
 
 def log(model: LlamaVision, ids: list[int], image: ImageTokens, stop_ids: tuple[int, ...]) -> Log:
     """Answers greedily, with the whole image at every step."""
-    watch = AttentionPredictor(1.0, block=1, predictor="last", calibrate=1, skip_layers=0,
-                               window=len(ids) + MAX_NEW_TOKENS)
-    logits, cache = model.prefill(torch.tensor([ids]), [len(ids)], image, MAX_NEW_TOKENS, watch)
-    prompt = watch.history[0].shape[2]
-    for step in range(MAX_NEW_TOKENS - 1):
-        token = logits.argmax(-1)
-        if int(token) in stop_ids:
-            break
-        logits = model.decode(token, cache)
-        cache.hold(watch.stepped(step, cache.queries, cache.images))
+    watch = Watch(1.0, block=1, predictor="last", calibrate=1, skip_layers=0, window=len(ids) + MAX_NEW_TOKENS)
+    generate(model, [ids], image, MAX_NEW_TOKENS, stop_ids, pruner=watch)
     patches = model.config.vision.tokens_per_tile - 1
-    return Log(torch.cat(watch.history, 1)[0].unflatten(-1, (-1, patches)).clone(), prompt)
+    return Log(torch.cat(watch.history, 1)[0].unflatten(-1, (-1, patches)).clone(), watch.prompt)
+
+
+class Watch(AttentionPredictor):
+    """Reads everything, in blocks of one token, and remembers how many rows the prompt gave."""
+    keeps_all = False           # so that its hooks are called
+
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        self.prompt = self.history[0].shape[2]
+        return super().prefilled(image_kv)
 
 
 def histories(rows: list[Tensor], ends: list[int]) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_grids
+from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_grids, question_states
 from scenes.draw import RATIOS, draw, make_scene
 from scenes.lessons import Lessons, turns
 from weights import LEARNED, find_checkpoint, load_model, write_tensors
@@ -60,8 +60,10 @@ class Lesson:
         self.ids, self.targets = ids[:, :longest], targets[:, :longest]
         self.said = self.targets >= 0
         with torch.no_grad():
-            self.image = model.encode(tiles, vision=True).rows(asked)
-            self.question = model.question(self.ids, (self.said.int().argmax(1) + 1).tolist())
+            self.image = model.encode(tiles, keep_states=True).select(asked)
+            lengths = (self.said.int().argmax(1) + 1).tolist()
+            prompts = [ids[:length].tolist() for ids, length in zip(self.ids, lengths, strict=True)]
+            self.question = question_states(model, prompts)
 
     def answers(self, image: ImageTokens) -> Tensor:
         """The logits of all tokens of all answers, read from these image tokens."""

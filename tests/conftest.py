@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from generate import generate
+from generate import generate, no_one
 from model.answer import Answer
 from model.config import VisionConfig
 from model.decoder import Cache, CrossAttentionLayer, SelfAttentionLayer
@@ -126,9 +126,9 @@ def see() -> Callable[..., ImageTokens | None]:
             noise = [torch.randint(256, (h * side, w * side, 3), generator=generator) for h, w in grids]
             images = [Image.frombytes("RGB", (p.shape[1], p.shape[0]), bytes(p.flatten().tolist()))
                         for p in noise]
-            tiles.append((processor if pruner is None else partial(pruner.images, processor=processor))
+            tiles.append((processor if pruner is None else partial(pruner.preprocess, processor=processor))
                          (images))
-        return network.encode(tiles, pruner is not None and "vision" in pruner.needs)
+        return network.encode(tiles, pruner is not None and pruner.keep_states)
     return encode
 
 
@@ -161,7 +161,7 @@ def ask() -> Callable[..., Run]:
 
         def sampler(new: Tensor) -> Tensor:
             logits.append(new)
-            held.append(list(caches[0].images))
+            held.append(list(caches[0].image_kv))
             return torch.full((len(new),), fed[len(logits) - 1])
 
         watched = nullcontext() if pruner is None else patch.object(pruner, "layer", layer)
@@ -169,8 +169,9 @@ def ask() -> Callable[..., Run]:
         if sgl.load_guide is load_guide:                # the bundled guide fits none of these networks
             guide = copy.deepcopy(network)              # and what this one reads is not watched
             guided = patch.object(sgl, "load_guide", lambda source, device, dtype: guide)
+        around = generate if pruner is None else pruner.around(generate)
         with patch.object(network, "prefill", prefill), watched, guided:
-            answer = generate(network, prompts, image, steps, (), sampler, pruner=pruner)
+            answer = around(network, prompts, image, steps, (), sampler, no_one, pruner, None)
         return Run(answer, torch.stack(logits, dim=1), fed, read, held)
     return run
 
@@ -251,7 +252,8 @@ def masked() -> Callable[..., Tensor]:
         branches = len(run.read[0].key) // len(prompts)
         rows = [row_logits(network, run, prompt, image, row, row + branch * len(prompts), pruner.merges)
                 for branch in range(branches) for row, prompt in enumerate(prompts)]
-        return torch.stack([pruner.logits(step) for step in torch.stack(rows).unbind(1)], dim=1)
+        steps = torch.stack(rows).unbind(1)
+        return torch.stack([pruner.logits(step)[:len(prompts)] for step in steps], dim=1)
     return logits
 
 

@@ -45,9 +45,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from model.image_tokens import compact
-from pruning.attention import attention_received, row_weights
-from pruning.pruner import ImageKV, ImageTokens, Pruner, Queries, each_image, num_kept
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image, kept_indices
+from pruning.attention import attention_received, attention_weights, every_image
+from pruning.options import check_least
+from pruning.pruner import Pruner
+from pruning.select import num_kept
 from weights import LEARNED
 
 WEIGHTS = LEARNED / "attention_predictor.safetensors"
@@ -93,9 +95,7 @@ class AttentionPredictor(Pruner):
 
     def __post_init__(self):
         super().__post_init__()
-        for option, least in ("block", 1), ("calibrate", 1), ("skip_layers", 0), ("window", 1):
-            if (value := getattr(self, option)) < least:
-                raise ValueError(f"{self.name}: {option} is {value}, but must be at least {least}")
+        check_least(self, block=1, calibrate=1, skip_layers=0, window=1)
         if self.layout == "square" and math.isqrt(self.block) ** 2 != self.block:
             raise ValueError(f"{self.name}: block is {self.block}, but must be a square number for squares")
         if self.predictor == "cnn":
@@ -106,52 +106,60 @@ class AttentionPredictor(Pruner):
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if i == 0:
-            self.history, self.whole = [], []
+            self.history, self.stored = [], []
         if i >= self.skip_layers:
-            self.history.append(self.prompt_rows(queries, kv.seen_by(queries.seen.amax(1))))
+            self.history.append(self.prompt_history(queries, kv.seen_from(queries.seen.amax(1))))
         return image, kv
 
-    def prompt_rows(self, queries: Queries, kv: ImageKV) -> Tensor:
-        """The last rows that see images of the last row, pooled: [B, H, h, n], the newest last."""
-        seen, (B, H) = queries.seen, queries.q.shape[:2]
-        asked = seen[..., 1] > seen[..., :1].amax(1)                        # images are numbered as they come
+    def prompt_history(self, queries: Queries, kv: ImageKV) -> Tensor:
+        """Attention of the last query positions that see the images of the last one, pooled over blocks:
+        [B, H, h, n], the newest last."""
+        seen = queries.seen
+        B, H = queries.q.shape[:2]
+        asked = seen[..., 1] > seen[..., :1].amax(1)            # [B, T]; images are numbered as they come
         after = asked.sum(1, keepdim=True) - asked.cumsum(1)
-        self.rows = asked.sum(1).clamp(max=self.window)                     # [B] of the history
+        self.length = asked.sum(1).clamp(max=self.window)       # [B] of the history
         block, blocks = self.blocks(kv)
-        history = queries.q.new_zeros(B, H, max(1, int(self.rows.max())), blocks, dtype=torch.float32)
-        for row in range(B):
-            for which, weights in row_weights(queries, kv, row, asked[row] & (after[row] < self.window)):
-                history[row, :, -1 - after[row, which]] = pool(weights, block[row], blocks)
+        history = queries.q.new_zeros(B, H, max(1, int(self.length.max())), blocks, dtype=torch.float32)
+        for b in range(B):
+            recent = asked[b] & (after[b] < self.window)
+            for which, weights in attention_weights(queries, kv, b, recent):
+                history[b, :, -1 - after[b, which]] = pool(weights, block[b], blocks)
         return history
 
     def blocks(self, kv: ImageKV) -> tuple[Tensor, int]:
-        """The block of each token [B, N], counted over the tiles of a batch row, and how many there are. That
-        number stands for no block: class tokens, and what is masked."""
-        coords = kv.coords[:, 0]
-        there = torch.ones_like(coords[..., 0], dtype=torch.bool) if kv.mask is None else kv.mask[:, 0]
-        side, edge, (y, x) = int(coords[..., 3].max()) + 1, math.isqrt(self.block), coords[..., 2:].unbind(-1)
-        square = y // edge * -(-side // edge) + x // edge
-        inside = (y * side + x) // self.block if self.layout == "raster" else square
+        """The block of each token [B, N], counted over the tiles of a sequence, and the number of blocks.
+        That number stands for no block: class tokens, and what is masked."""
+        coords = kv.coords[:, 0]                                                                # [B, N, 4]
+        y, x = coords[..., 2:].unbind(-1)
+        side = int(coords[..., 3].max()) + 1
+        if self.layout == "raster":
+            inside = (y * side + x) // self.block
+        else:
+            edge = math.isqrt(self.block)
+            inside = y // edge * -(-side // edge) + x // edge
+        there = torch.ones_like(y, dtype=torch.bool) if kv.mask is None else kv.mask[:, 0]
         begins = (coords[..., :2] != coords[..., :2].roll(1, 1)).any(-1)
         begins[:, 0] = True
-        tile, patch = (begins & there).cumsum(1) - 1, there & (y >= 0)
+        tile = (begins & there).cumsum(1) - 1
+        patch = there & (y >= 0)
         block = tile * (int(inside.max()) + 1) + inside
         blocks = int(block.masked_fill(~patch, -1).max()) + 1
         return block.masked_fill(~patch, blocks), blocks
 
     # ----- from step to step
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        if self.skip_layers >= len(kvs):
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        if self.skip_layers >= len(image_kv):
             raise ValueError(f"{self.name}: skip_layers is {self.skip_layers}, but must be less than "
-                             f"{len(kvs)}, the number of cross-attention layers")
-        self.whole = [kv.settle(None) for kv in kvs[self.skip_layers:]]
-        self.lay_out(self.whole[0])
+                             f"{len(image_kv)}, the number of cross-attention layers")
+        self.stored = [kv.compact(None) for kv in image_kv[self.skip_layers:]]
+        self.lay_out(self.stored[0])
         self.device, self.stream = self.block_of.device, None
         if self.offload and self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
-            self.whole = [moved(kv, lambda tensor: tensor.cpu().pin_memory()) for kv in self.whole]
-        return kvs[:self.skip_layers] + self.select()
+            self.stored = [moved(kv, lambda tensor: tensor.cpu().pin_memory()) for kv in self.stored]
+        return image_kv[:self.skip_layers] + self.select()
 
     def lay_out(self, kv: ImageKV):
         """What no step changes: which token is in which block, and the budget of every image."""
@@ -160,56 +168,63 @@ class AttentionPredictor(Pruner):
         self.size = size.scatter_add(1, self.block_of, torch.ones_like(self.block_of))[:, :blocks]
         self.budgets = []           # of every image: class tokens read [B, N], its blocks [B, n], room [B, 1]
         for there in each_image(kv):
-            there, budget = there[:, 0], num_kept(self.keep, there[:, 0].sum(1, keepdim=True))
-            classes, block = there & (self.block_of == blocks), self.block_of.masked_fill(~there, blocks)
+            there = there[:, 0]                                                                 # [B, N]
+            budget = num_kept(self.keep, there.sum(1, keepdim=True))
+            classes = there & (self.block_of == blocks)
+            block = self.block_of.masked_fill(~there, blocks)
             ours = torch.zeros_like(size, dtype=torch.bool).scatter(1, block, True)[:, :blocks]
             room = budget - classes.sum(1, keepdim=True)
             self.budgets.append((classes & (classes.cumsum(1) <= budget), ours, room))
 
     def select(self) -> list[ImageKV]:
         """What the next step reads of the image, in each predicted layer."""
-        kvs, self.read = [], []                                     # the block of each token read, [B, G, m]
-        for kv, history in zip(self.whole, self.history, strict=True):
-            row = self.predict(history).unflatten(1, (kv.key.shape[1], -1)).mean(2)             # [B, G, n]
-            kept = self.chosen(row)
-            order, mask = compact(kept)
+        image_kv = []
+        self.read = []                                              # the block of each token read, [B, G, m]
+        for kv, history in zip(self.stored, self.history, strict=True):
+            expected = self.predict(history).unflatten(1, (kv.key.shape[1], -1)).mean(2)        # [B, G, n]
+            kept = self.chosen(expected)
+            order, mask = kept_indices(kept)
             block = self.block_of[:, None].take_along_dim(order, 2)
-            self.read.append(block if mask is None else block.masked_fill(~mask, row.shape[-1]))
-            kvs.append(self.fetch(kv, kept))
+            self.read.append(block if mask is None else block.masked_fill(~mask, expected.shape[-1]))
+            image_kv.append(self.fetch(kv, kept))
         self.await_copies()
-        return kvs
+        return image_kv
 
     def predict(self, history: Tensor) -> Tensor:
-        """History [B, H, h, n] -> the next row [B, H, n], or at least its ranking."""
+        """History [B, H, h, n] -> the attention expected next [B, H, n], or at least its ranking."""
         if self.predictor != "cnn":
             return history[:, :, -1] if self.predictor == "last" else history.sum(2)
-        rows = torch.arange(history.shape[2], 0, -1, device=history.device) <= self.rows[:, None]   # [B, h]
-        return self.network.to(history.device)(history, rows[:, :, None] & (self.size > 0)[:, None])
+        age = torch.arange(history.shape[2], 0, -1, device=history.device)
+        there = (age <= self.length[:, None])[:, :, None] & (self.size > 0)[:, None]            # [B, h, n]
+        return self.network.to(history.device)(history, there)
 
-    def chosen(self, row: Tensor) -> Tensor:
-        """Predicted rows [B, G, n] -> the tokens to read [B, G, N] bool."""
-        kept = torch.zeros_like(self.block_of, dtype=torch.bool)[:, None].repeat(1, row.shape[1], 1)
+    def chosen(self, expected: Tensor) -> Tensor:
+        """Expected attention [B, G, n] -> the tokens to read [B, G, N] bool."""
+        B, G, n = expected.shape
+        kept = torch.zeros_like(self.block_of, dtype=torch.bool)[:, None].repeat(1, G, 1)
         for classes, ours, room in self.budgets:
-            order = row.masked_fill(~ours[:, None], -math.inf).argsort(dim=-1, descending=True, stable=True)
+            ranked = expected.masked_fill(~ours[:, None], -math.inf)
+            order = ranked.argsort(dim=-1, descending=True, stable=True)
             fits = self.size[:, None].take_along_dim(order, 2).cumsum(2) <= room[:, None]
-            # One more, of what is in no block: it is not chosen.
-            best = kept.new_zeros(*row.shape[:2], row.shape[2] + 1)
+            best = kept.new_zeros(B, G, n + 1)                      # the last one stands for no block
             best = best.scatter(2, order, fits & ours[:, None].take_along_dim(order, 2))
             kept |= classes[:, None] | best.take_along_dim(self.block_of[:, None], 2)
         return kept
 
-    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
-        every_image = torch.tensor([0, 1 << 30], device=self.device).expand(len(self.rows), 1, 2)
+    def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
         for c, history in enumerate(self.history):
-            q, read, block = queries[self.skip_layers + c], kvs[self.skip_layers + c], self.read[c]
+            q = queries[self.skip_layers + c]
+            read, block = image_kv[self.skip_layers + c], self.read[c]
             if (step + 1) % self.calibrate == 0:
-                read, block = self.fetch(self.whole[c]), self.block_of[:, None]
+                read, block = self.fetch(self.stored[c]), self.block_of[:, None]
                 self.await_copies()
-            weights = attention_received(Queries(q, every_image), read)[..., :block.shape[2]]  # padded if compiled
-            row = pool(weights, block.repeat_interleave(q.shape[1] // block.shape[1], 1), history.shape[3])
-            self.history[c] = torch.cat((history, row[:, :, None]), 2)[:, :, -self.window:]
-        self.rows = (self.rows + 1).clamp(max=self.window)
-        return kvs[:self.skip_layers] + self.select()
+            # A compiled step pads what it reads; the padding comes last.
+            weights = attention_received(every_image(q), read)[..., :block.shape[2]]            # [B, H, m]
+            block = block.repeat_interleave(q.shape[1] // block.shape[1], 1)
+            newest = pool(weights, block, history.shape[3])                                     # [B, H, n]
+            self.history[c] = torch.cat((history, newest[:, :, None]), 2)[:, :, -self.window:]
+        self.length = (self.length + 1).clamp(max=self.window)
+        return image_kv[:self.skip_layers] + self.select()
 
     # ----- the whole image in the CPU's memory, beside a GPU
 
@@ -222,7 +237,7 @@ class AttentionPredictor(Pruner):
         """From locked memory, which the GPU reads by itself while it and the program do other things."""
         with torch.cuda.stream(self.stream):
             arriving = tensor.pin_memory().to(self.device, non_blocking=True)
-        # Or its memory might be given away while the model still reads it.
+        # Without this its memory might be used again while the model still reads it.
         arriving.record_stream(torch.cuda.current_stream(self.device))
         return arriving
 

@@ -37,64 +37,52 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.image_tokens import ImageTokens, visible
-from pruning.pruner import ImageKV, Prompts, Queries, num_kept
-from pruning.text import SelectPerLayerAndText, mass_seen
+from model.image_tokens import ImageKV, ImageTokens, Queries
+from pruning.attention import attention_received
+from pruning.options import check_least, check_share
+from pruning.pruner import SelectPerLayer
+from pruning.select import num_kept
 
 
 @dataclass
-class CSP(SelectPerLayerAndText):
-    """Keeps what the last text rows look at, those that find more counting more; each key/value head its own.
+class CSP(SelectPerLayer):
+    """Keeps what the last query positions attend to; those with more evidence count more. Each key/value head
+    has a set of its own.
 
-    `obs_rows` of them are asked: a share of all tokens, text and image, or a number.
+    `observed` are the last query positions: a share of all tokens, text and image, or a number.
     """
     keep: float | int = 0.2
-    obs_rows: float | int = 0.1
+    observed: float | int = 0.1
     n: float = 1.0
-    heads: Literal["kv_head", "layer"] = "kv_head"
+    per: Literal["kv_head", "layer"] = "kv_head"
     decode_n: float = 0.0
-    recent: float | int = 0.1                   # of the prompt's text, always kept where text is pruned
 
     name, paper = "csp", "Pei et al. 2024, arXiv 2412.04652"
 
     def __post_init__(self):
         super().__post_init__()
-        for option in "obs_rows", "recent":
-            self.check_share(option)
-        for option in "n", "decode_n":
-            if getattr(self, option) < 0:
-                raise ValueError(f"{self.name}: {option} is {getattr(self, option)}, but must be 0 or more")
+        check_share(self, "observed")
+        check_least(self, n=0, decode_n=0)
 
     @property
     def keeps_all(self) -> bool:
         return super().keeps_all and not self.decode_n
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        image = super().encoded(image, prompts)
-        texts = self.tokens.new_tensor([len(ids) for ids in prompts.ids])
-        self.asking = num_kept(self.obs_rows, self.tokens + texts)                         # [B]
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        real = torch.ones_like(image.coords[..., 0]) if image.mask is None else image.mask
+        text = torch.tensor([len(ids) for ids in prompts], device=real.device)
+        self.asking = num_kept(self.observed, real.sum(1) + text)                       # [B]
         return image
 
-    def score(self, i: int, queries: Queries, kv: ImageKV) -> Tensor:
-        return self.mass(queries.q, kv.key, visible(queries.seen, kv)[:, 0])
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        sees = queries.seen[..., 0] < queries.seen[..., 1]                              # [B, T]
+        from_the_end = sees.flip(1).cumsum(1).flip(1)
+        last = sees & (from_the_end <= self.asking[:, None])
+        return attention_received(queries, kv, last, self.per, partial(nsoftmax, n=self.n))
 
-    def text_score(self, q: Tensor, key: Tensor, sees: Tensor) -> Tensor:
-        return self.mass(q, key, sees)
-
-    def mass(self, q: Tensor, key: Tensor, sees: Tensor) -> Tensor:
-        """S of the module's docstring for tokens of either kind, [B, K, N]; `sees` [B, T, N]."""
-        rows = sees.any(-1)
-        last = rows & (rows.flip(1).cumsum(1).flip(1) <= self.asking[:, None])
-        mass = mass_seen(q, key, sees & last[..., None], partial(nsoftmax, n=self.n))
-        return mass.unflatten(1, (key.shape[1] if self.heads == "kv_head" else 1, -1)).mean(2)
-
-    def text_protected(self, lengths: Tensor, slots: Tensor) -> Tensor:
-        last = torch.minimum(num_kept(self.recent, lengths), num_kept(self.text_keep, lengths))
-        return slots >= (lengths - last)[:, None]
-
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        kvs = super().prefilled(kvs)
-        return [with_null_key(kv, self.decode_n) for kv in kvs] if self.decode_n else kvs
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        image_kv = super().prefilled(image_kv)
+        return [with_null_key(kv, self.decode_n) for kv in image_kv] if self.decode_n else image_kv
 
 
 def nsoftmax(scores: Tensor, n: float) -> Tensor:

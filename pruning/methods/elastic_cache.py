@@ -34,17 +34,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.cache import TextKV
+from model.image_tokens import ImageKV, Queries
 from pruning.attention import attention_received
-from pruning.pruner import ImageKV, Queries, num_kept
-from pruning.text import SelectPerLayerAndText, mass_seen, take_text
-
-RECENT = 25             # text: how far before the end of what is left of the prompt an entry goes
+from pruning.pruner import SelectPerLayer
 
 
 @dataclass
-class ElasticCache(SelectPerLayerAndText):
-    """Keeps what a layer's heads look at most, each merged with the tokens around it."""
+class ElasticCache(SelectPerLayer):
+    """Keeps what a layer's heads attend to most, each token merged with those around it."""
     keep: float | int = 0.5
     protect_cls: bool = False
     bucket_scope: Literal["tile", "sequence"] = "tile"
@@ -57,43 +54,25 @@ class ElasticCache(SelectPerLayerAndText):
     def merges(self) -> bool:
         return not self.drop
 
-    def score(self, i: int, queries: Queries, kv: ImageKV) -> Tensor:
-        mass = attention_received(queries, kv, heads="layer")[:, None]
-        return mass.masked_fill(kv.coords[..., 2] == -1, torch.inf) if self.protect_cls else mass
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        received = attention_received(queries, kv, per="layer")[:, None]                # [B, 1, N]
+        return received.masked_fill(kv.coords[..., 2] == -1, torch.inf) if self.protect_cls else received
 
     def cut(self, kv: ImageKV, kept: Tensor) -> ImageKV:
-        real = torch.ones_like(kept) if kv.mask is None else kv.mask
-        if not self.drop and not torch.equal(kept, real):           # else nothing changes, not even a bit
-            owner = nearest(kept[:, 0], kv.coords[:, 0, :, :2 if self.bucket_scope == "tile" else 1])
-            size = gathered(torch.ones_like(kv.key[:, :1, :, :1]), owner, real).clamp(min=1)
-            key, value = ((gathered(t, owner, real) / size).to(t.dtype) for t in (kv.key, kv.value))
-            kv = replace(kv, key=key, value=value, bias=size[..., 0].log() if self.mass_bias else None)
-        return kv.take(kept)
-
-    # ----- text
-
-    def text_score(self, q: Tensor, key: Tensor, sees: Tensor) -> Tensor:
-        return mass_seen(q, key, sees, lambda scores: scores.softmax(-1)).mean(1, keepdim=True)
-
-    def text_protected(self, lengths: Tensor, slots: Tensor) -> Tensor:
-        return (slots == 0) | (slots == lengths[:, None] - 1)
-
-    def text_cache(self, step: int, texts: list[TextKV]) -> list[TextKV]:
-        held = texts[0].lengths
-        if step < 0:
-            self.read = held.clone()                # the cache counts on in the same tensor
-        if step < 0 or self.text_keep == 1:
-            return super().text_cache(step, texts)
-        point = (num_kept(self.text_keep, self.read) - RECENT).clamp(min=1)
-        over = (self.tokens > 0) & (held - self.text_keep * (self.read + step + 1).double() > 1 - 1e-6)
-        slots = torch.arange(texts[0].key.shape[2], device=held.device)
-        kept = (slots < held[:, None]) & ~(over[:, None] & (slots == point[:, None]))
-        return [take_text(text, kept) for text in texts] if over.any() else texts
+        real = torch.ones_like(kept) if kv.mask is None else kv.mask                    # [B, 1, N]
+        if self.drop or torch.equal(kept, real):                    # then not even a bit changes
+            return kv.take(kept)
+        owner = nearest(kept[:, 0], kv.coords[:, 0, :, :2 if self.bucket_scope == "tile" else 1])
+        size = bucket_sums(torch.ones_like(kv.key[:, :1, :, :1]), owner, real).clamp(min=1)
+        key = (bucket_sums(kv.key, owner, real) / size).to(kv.key.dtype)
+        value = (bucket_sums(kv.value, owner, real) / size).to(kv.value.dtype)
+        bias = size[..., 0].log() if self.mass_bias else None
+        return replace(kv, key=key, value=value, bias=bias).take(kept)
 
 
 def nearest(anchors: Tensor, coords: Tensor) -> Tensor:
-    """The anchor nearest to each token, the lower of two [B, N]: of its own place [B, N, p] if there is one
-    there, else of the largest part that it shares. Tokens of one place stand side by side."""
+    """The anchor nearest to each token, the lower of two [B, N]: of its own coords [B, N, p] if there is one
+    there, else of the largest part that it shares. Tokens of one coords stand side by side."""
     N = anchors.shape[1]
     at = torch.arange(N, device=anchors.device).expand_as(anchors)
     before = torch.where(anchors, at, 0).cummax(1).values
@@ -103,7 +82,7 @@ def nearest(anchors: Tensor, coords: Tensor) -> Tensor:
     return torch.where(far[0] <= far[1], before, behind)
 
 
-def gathered(t: Tensor, owner: Tensor, real: Tensor) -> Tensor:
+def bucket_sums(t: Tensor, owner: Tensor, real: Tensor) -> Tensor:
     """The sums of what is t [B, G, N, d] at the real tokens [B, 1, N] of each owner [B, N], where that is; in
     fp32."""
     each = t.float().masked_fill(~real[..., None], 0)               # not times 0: it may hold NaN

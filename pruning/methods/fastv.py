@@ -14,41 +14,43 @@ row that sees it. `early_caches="trim"` cuts the first layers too after prefill.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from pruning.attention import attention_received
-from pruning.pruner import ImageKV, ImageTokens, Prompts, Queries, SelectOnce, chance, top_k_mask
+from model.image_tokens import ImageKV, ImageTokens, Queries
+from pruning.attention import attention_received, every_image
+from pruning.pruner import SelectOnce
+from pruning.select import random_scores, top_k_mask
 
 
 @dataclass
 class FastV(SelectOnce):
-    """Keeps what the last text row attends to in the last of the first layers.
+    """Keeps what the last query position attends to in the last of the first layers.
 
     `seed` is of the random ranking with `full_layers` 0.
     """
     early_caches: Literal["trim", "full"] = "full"
     when: Literal["prefill", "boundary", "step"] = "prefill"
-    rows: Literal["last", "all"] = "last"
+    positions: Literal["last", "all"] = "last"
     seed: int = 0
     paper = "Chen et al. 2024, arXiv 2403.06764"
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        self.scores = chance(self.seed, prompts, image)
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        self.random = random_scores(self.seed, prompts, image)
         return image
 
-    def choose(self, queries: Queries, image: ImageTokens | ImageKV, kv: ImageKV) -> Tensor:
-        scores = attention_received(queries, kv, self.rows, heads="layer") if self.full_layers else self.scores
-        return top_k_mask(scores, self.keep, image)
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        if self.full_layers == 0:
+            return self.random
+        return attention_received(queries, kv, self.positions, per="layer")
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        self.whole = kvs if self.when == "step" else []
-        return super().prefilled(kvs)
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        self.stored = image_kv if self.when == "step" else []
+        return super().prefilled(image_kv)
 
-    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
+    def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
         if self.when != "step" or not self.full_layers:
-            return kvs
-        kv, q = self.whole[self.full_layers - 1], queries[self.full_layers - 1]
-        every_image = torch.tensor([0, int(kv.coords.max()) + 1], device=q.device).expand(len(q), 1, 2)
-        self.kept = self.choose(Queries(q, every_image), kv, kv)
-        return super().prefilled(self.whole)
+            return image_kv
+        kv = self.stored[self.full_layers - 1]
+        scores = self.score(every_image(queries[self.full_layers - 1]), kv)
+        self.kept = top_k_mask(scores, self.keep, kv)
+        return super().prefilled(self.stored)

@@ -26,23 +26,25 @@ same (text alone, or images kept whole) get the ordinary logits, without the con
 This saves nothing: every prompt is read twice, and the full branch keeps all tokens. With "prefill" later
 layers drop the other tokens from the key branch, but a batch takes the room of its longest row.
 """
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.image_tokens import each_image
-from pruning.attention import attention_received
-from pruning.pruner import ImageKV, ImageTokens, Prompts, Pruner, Queries, num_kept, top_k_mask
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
+from pruning.attention import attention_received, every_image
+from pruning.options import check_least
+from pruning.pruner import Pruner
+from pruning.select import num_kept, top_k_mask
 
 
 @dataclass
 class MINT(Pruner):
-    """Keeps what the last text row attends to, and contrasts with a second reading that keeps everything.
+    """Keeps what the last query position attends to, and contrasts with a second reading of the whole image.
 
-    Of 2B rows the first B are the key branch. `n_sel` layers choose and read the whole image; with `beta` 0
-    every token of the vocabulary is plausible.
+    `n_sel` layers choose, and attend to all tokens; with `beta` 0 every token of the vocabulary is plausible.
     """
     keep: float | int = 0.2
     alpha: float = 1.0
@@ -54,58 +56,75 @@ class MINT(Pruner):
 
     def __post_init__(self):
         super().__post_init__()
-        rules = {"alpha": (self.alpha >= 0, "at least 0"), "beta": (0 <= self.beta <= 1, "0 to 1"),
-                 "n_sel": (self.n_sel >= 1, "at least 1")}
-        for option, (good, words) in rules.items():
-            if not good:
-                raise ValueError(f"mint: {option} is {getattr(self, option)}, but must be {words}")
+        check_least(self, alpha=0, beta=0, n_sel=1)
+        if self.beta > 1:
+            raise ValueError(f"mint: beta is {self.beta}, but must be at most 1")
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        sizes = [there.sum(-1) for there in each_image(image)]
-        # [B, 1] Whether the branches see unlike tokens; where no row's do, one reading is enough.
-        self.parted = torch.stack([num_kept(self.keep, n) < n for n in sizes]).any(0)[:, None]
-        return image.rows([*range(len(self.parted))] * 2) if self.parted.any() else image
+    def around(self, generate: Callable) -> Callable:
+        """`generate` on a batch of twice the size: first the key branches, then the full ones."""
+        def both(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode):
+            B = len(prompts)
+            self.differ = torch.zeros(B, 1, dtype=torch.bool) if image is None else self.key_set_is_smaller(image)
+            if not self.differ.any():               # then one reading is enough
+                return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
+            answer = generate(model, prompts * 2, image.select([*range(B)] * 2), max_new_tokens, stop_ids,
+                              lambda logits: sample(logits[:B]).repeat(2),
+                              lambda b, token: emit(b, token) if b < B else None, pruner, decode)
+            return answer.first(B)
+        return both
+
+    def key_set_is_smaller(self, image: ImageTokens) -> Tensor:
+        """Whether the branches of a sequence see different tokens, [B, 1]."""
+        sizes = torch.stack([there.sum(-1) for there in each_image(image)])             # [I, B]
+        return (num_kept(self.keep, sizes) < sizes).any(0)[:, None]
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if i >= self.n_sel:         # masked, not dropped: a later token may choose what this one did not
             return image, kv if self.update == "prefill" else only(kv, self.kept)
-        self.mass = attention_received(queries, kv, "last", heads="layer") + (self.mass if i else 0)
+        received = attention_received(queries, kv, "last", per="layer")
+        self.received = received + self.received if i else received
         if i == self.n_sel - 1:
-            self.kept = self.key_set(self.mass, image)
+            self.kept = self.key_set(self.received, image)
             image = image.take(self.kept) if self.update == "prefill" else image
         return image, kv
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        if self.n_sel > len(kvs):
-            raise ValueError(f"mint: n_sel is {self.n_sel}, but must be 1 to {len(kvs)}: so many layers look")
-        self.parted = self.parted & (self.n_sel < len(kvs))                 # or no layer is left to mask
-        # The first layer is never masked: what it has left is what the last row sees.
-        self.whole = [replace(kv, mask=kvs[0].mask) for kv in kvs] if self.update == "step" else []
-        return kvs
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        layers = len(image_kv)
+        if self.n_sel > layers:
+            raise ValueError(f"mint: n_sel is {self.n_sel}, but must be 1 to {layers}: so many layers look")
+        self.differ = self.differ & (self.n_sel < layers)               # or no layer is left to mask
+        # The first layer is never masked by us: its mask is what the last query position sees.
+        self.stored = [replace(kv, mask=image_kv[0].mask) for kv in image_kv] if self.update == "step" else []
+        return image_kv
 
-    def stepped(self, step: int, queries: list[Tensor], kvs: list[ImageKV]) -> list[ImageKV]:
+    def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
         if self.update == "prefill":
-            return kvs
-        every = torch.tensor([[[0, 2 ** 31]]], device=queries[0].device).expand(len(queries[0]), 1, 2)
-        kept = self.key_set(sum(attention_received(Queries(queries[i], every), self.whole[i], heads="layer")
-                                for i in range(self.n_sel)), self.whole[0])
-        return kvs[:self.n_sel] + [only(kv, kept) for kv in self.whole[self.n_sel:]]
+            return image_kv
+        received = sum(attention_received(every_image(queries[i]), self.stored[i], per="layer")
+                       for i in range(self.n_sel))
+        kept = self.key_set(received, self.stored[0])
+        return image_kv[:self.n_sel] + [only(kv, kept) for kv in self.stored[self.n_sel:]]
 
-    def key_set(self, mass: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
-        """What each row of both branches sees [2B, N]: the key set, and then everything."""
-        kept = top_k_mask(mass, self.keep, tokens)
+    def key_set(self, received: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
+        """What each branch sees [2B, N]: the key branch the key set, the full branch everything."""
+        kept = top_k_mask(received, self.keep, tokens)
         kept[len(kept) // 2:] = True
         return kept
 
     def logits(self, logits: Tensor) -> Tensor:
-        key, full = logits[:len(self.parted)], logits[-len(self.parted):]       # the same after one reading
+        """[2B, V] of both branches -> the contrast of the two, for both of them."""
+        if len(logits) == len(self.differ):         # one reading
+            return logits
+        key, full = logits.chunk(2)
         p = (full if self.ref == "full" else key).softmax(-1)
-        # What is not plausible gets the lowest finite number: its probability is 0, as that of -inf.
-        mixed = (key + self.alpha * (key - full)).masked_fill(p < self.beta * p.amax(-1, keepdim=True),
-                                                              torch.finfo(key.dtype).min)
-        return torch.where(self.parted & (key != full).any(-1, keepdim=True), mixed, full)
+        implausible = p < self.beta * p.amax(-1, keepdim=True)
+        # The lowest finite number: its probability is 0, as that of -inf, but the logits stay finite.
+        lowest = torch.finfo(key.dtype).min
+        contrast = (key + self.alpha * (key - full)).masked_fill(implausible, lowest)
+        mixed = torch.where(self.differ & (key != full).any(-1, keepdim=True), contrast, full)
+        return torch.cat((mixed, mixed))
 
 
 def only(kv: ImageKV, kept: Tensor) -> ImageKV:
-    """All tokens, but none to be seen beside those `kept` [B, N]."""
+    """The same tokens, all masked but those `kept` [B, N]."""
     return replace(kv, mask=kept[:, None] if kv.mask is None else kept[:, None] & kv.mask)

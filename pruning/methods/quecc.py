@@ -41,7 +41,9 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from pruning.pruner import ImageTokens, Prompts, Pruner
+from model.image_tokens import EncoderStates, ImageTokens
+from model.llama_vision import LlamaVision
+from pruning.pruner import Pruner
 from weights import LEARNED
 
 HEAD = 64           # width of an attention head, as in the vision encoder; the paper's have 128
@@ -69,10 +71,13 @@ class QueCC(Pruner):
                              "trained weights")
 
     @property
-    def needs(self) -> tuple[str, ...]:
-        return () if self.weights == "pool" else ("vision", "question")
+    def keep_states(self) -> bool:
+        return self.weights != "pool"
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
+    def begin(self, model: LlamaVision):
+        self.model = model
+
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         side = int(image.coords[..., 2].max()) + 1
         most = self.keep if isinstance(self.keep, int) else self.keep * (side ** 2 + 1) + 1e-6
         if most >= side ** 2 + 1:
@@ -87,7 +92,16 @@ class QueCC(Pruner):
         grid = largest(found, most)
         compressor = load_compressor(found[grid], image.features.device)
         compressor.check(found[grid], -(-side // grid), image)
-        return compress(image, compressor.stride, compressor, prompts.question)
+        return compress(image, compressor.stride, compressor, question_states(self.model, prompts))
+
+
+def question_states(model: LlamaVision, prompts: list[list[int]]) -> Tensor:
+    """What the text alone says: the final state of the last token of each prompt, which is read without its
+    image tokens, [B, D]."""
+    words = [[token for token in ids if token != model.config.image_token_index] for ids in prompts]
+    padded, lengths = model.pad_right(words)
+    last = torch.tensor(lengths) - 1
+    return model.language_model(padded, None, None)[torch.arange(len(words)), last]
 
 
 def pooled_grids(side: int) -> set[int]:
@@ -105,14 +119,16 @@ def compress(image: ImageTokens, stride: int, compressor: "Compressor | None" = 
     """Every region of stride x stride patches becomes one token. `question` [B, D]; without a compressor, or
     with an untrained one, a token is the region's mean."""
     side = int(image.coords[..., 2].max()) + 1
-    size, starts = side ** 2 + 1, torch.arange(0, side, stride, device=image.coords.device)
+    size = side ** 2 + 1
+    starts = torch.arange(0, side, stride, device=image.coords.device)
     first = torch.cat((starts[:1], 1 + (starts[:, None] * side + starts).flatten()))     # of the old tokens
-    tiles, coords = (t.unflatten(1, (-1, size)) for t in (image.features, image.coords))   # [B, tiles, size, D]
+    tiles = image.features.unflatten(1, (-1, size))                                     # [B, tiles, size, D]
+    coords = image.coords.unflatten(1, (-1, size))
     mask = None if image.mask is None else image.mask.unflatten(1, (-1, size))[..., first]
-    real = torch.ones_like(coords[..., 0, 0], dtype=torch.bool) if mask is None else mask[..., 0]  # [B, tiles]
+    real = coords[..., 0, 0] >= 0 if mask is None else mask[..., 0]                      # [B, tiles]
     tokens = means(tiles[real][:, 1:].float(), stride)
     if compressor is not None:
-        states = image.vision.features.unflatten(1, (-1, size))[real][:, 1:].float()
+        states = image.states.features.unflatten(1, (-1, size))[real][:, 1:].float()
         tokens = tokens + compressor(states, question[real.nonzero()[:, 0]].float())
     new = tiles.new_zeros(*real.shape, len(first), tiles.shape[-1])
     new[real] = torch.cat((tiles[real][:, :1], tokens.to(tiles.dtype)), dim=1)
@@ -165,8 +181,8 @@ class Compressor(nn.Module):
     def check(self, path: Path, stride: int, image: ImageTokens):
         """Raise ValueError where it was trained for features of another kind."""
         ours = self.shrink.in_channels, self.key[0].in_features, self.out.out_features, self.stride
-        vision = image.vision
-        theirs = *(t.shape[-1] for t in (vision.entering, vision.features, image.features)), stride
+        states: EncoderStates = image.states
+        theirs = states.entering.shape[-1], states.features.shape[-1], image.features.shape[-1], stride
         if ours != theirs:
             raise ValueError(f"quecc: {path.name} was trained for another model (widths and stride {ours}, "
                              f"here {theirs}): train one for it with python -m scenes.train_quecc, or use "

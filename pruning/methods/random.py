@@ -3,7 +3,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from pruning.pruner import ImageKV, ImageTokens, Prompts, Queries, SelectOnce, chance, top_k_mask
+from model.image_tokens import ImageKV, ImageTokens, Queries
+from pruning.pruner import SelectOnce
+from pruning.select import random_scores
 
 
 @dataclass
@@ -11,9 +13,9 @@ class Random(SelectOnce):
     """Keeps random tokens: others for every prompt and `seed`, the same ones alone and in a batch."""
     seed: int = 0
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        self.scores = chance(self.seed, prompts, image)
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        self.random = random_scores(self.seed, prompts, image)
         return image
 
-    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
-        return top_k_mask(self.scores, self.keep, image)
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        return self.random

@@ -30,18 +30,22 @@ early; the small answer is greedy, whatever sampler the large model has. Rows co
 on, and class tokens rank like others. A `guide` that is the model itself is their oracle. Not built: scores
 of the prompt alone, of the answer alone or of some layers, and class tokens that are always kept.
 """
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.config import EXTRA_EMBEDDINGS, Config, padding_id
-from model.image_tokens import ImageKV, ImageTokens, Queries
+from model.config import EXTRA_EMBEDDINGS, Config
+from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
+from model.sampling import GREEDY
 from pruning.attention import attention_received
-from pruning.pruner import Prompts, Pruner, SelectOnce, top_k_mask
+from pruning.options import check_share
+from pruning.pruner import Pruner, SelectOnce
+from pruning.select import top_k_mask
 from weights import load_model
 
 
@@ -49,8 +53,8 @@ from weights import load_model
 class SGL(SelectOnce):
     """Keeps what a small model looked at while it answered; may return that answer instead.
 
-    Of the last prompts with an image among them, by row: `guide_answers` are the small model's tokens, and
-    where there is a threshold, `confidence` is S. Text alone has an empty answer and None.
+    After an answer, by sequence: `guide_answers` are the small model's tokens, `confidence` is S, if there is
+    a threshold. Text alone has an empty answer, and None.
     """
     keep: float | int = 0.4
     early_caches: Literal["trim", "full"] = "full"
@@ -60,11 +64,11 @@ class SGL(SelectOnce):
     layer_weight: Literal["none", "gate"] = "none"
 
     name, paper = "sgl", "Zhao et al. 2025, arXiv 2412.03324"
-    needs = ("vision",)                     # its tiles, which the small model encodes for itself
+    keep_states = True                      # its tiles, which the small model encodes for itself
 
     def __post_init__(self):
         super().__post_init__()
-        self.check_share("consistency")
+        check_share(self, "consistency")
 
     @property
     def keeps_all(self) -> bool:
@@ -72,98 +76,142 @@ class SGL(SelectOnce):
 
     @property
     def before_the_first_layer(self) -> bool:
-        """Whether no layer reads the whole image; then none makes keys and values of it either."""
+        """Whether no layer attends to all tokens; then no layer makes keys and values of them either."""
         return self.full_layers == 0 and self.when == "prefill"
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        tiles = image.vision.tiles
-        guide = load_guide(self.guide, image.features.device, image.features.dtype)
-        if wrong := misfit(guide.config, image, prompts):
-            raise ValueError(f"{self.name}: guide {self.guide!r} does not fit the model: {wrong}")
-        one = all(row is tiles[0] for row in tiles)             # one image, for any number of questions
-        seen = guide.encode(tiles[:1]).expand(len(tiles)) if one else guide.encode(tiles)
-        watch = Watch(self.layer_weight == "gate")
-        answers, logs = answer(guide, prompts, seen, watch)
-        self.guide_answers = [[t for t in row if t not in prompts.stop_ids] for row in answers]
-        self.confidence = [None] * len(answers)
-        if self.threshold is not None:
-            fewer = seen.take(top_k_mask(watch.scores, self.consistency, seen))
-            again = read_again(guide, prompts.ids, answers, fewer)
-            self.confidence = [confidence(p, q) if len(p) else None for p, q in zip(logs, again, strict=True)]
-        self.scores = watch.scores[[row for row in range(len(answers)) if row not in self.answered()]]
-        return image.take(top_k_mask(watch.scores, self.keep, image)) if self.before_the_first_layer else image
+    def around(self, generate: Callable) -> Callable:
+        return Cascade(self, generate)
 
-    def answered(self) -> dict[int, list[int]]:
-        return {row: self.guide_answers[row] for row, sure in enumerate(self.confidence)
-                if sure is not None and sure > self.threshold}
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        return image.take(top_k_mask(self.scores, self.keep, image)) if self.before_the_first_layer else image
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         return (image, kv) if self.before_the_first_layer else super().layer(i, queries, image, kv)
 
-    def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
-        return top_k_mask(self.scores, self.keep, image)
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        return self.scores
+
+
+class Cascade:
+    """Two models around `generate`: the small one answers, the large one answers what it is not sure of."""
+
+    def __init__(self, sgl: SGL, generate: Callable):
+        self.sgl = sgl
+        self.generate = generate
+
+    def __call__(self, model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode):
+        """Called like `generate.generate`, and returns such an Answer."""
+        sgl, generate = self.sgl, self.generate
+        if image is None or pruner.keeps_all:
+            return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
+        guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
+        early = [b for b, sure in enumerate(sgl.confidence) if sure is not None and sure > sgl.threshold]
+        for b in early:
+            for token in sgl.guide_answers[b]:
+                emit(b, token)
+        rest = [b for b in range(len(prompts)) if b not in early]
+        layers = len(model.language_model.cross_layers)
+        answer = replace(guided, tokens=[list(said) for said in sgl.guide_answers], early=early, decoded=0,
+                         kept=[[0.0] * layers for _ in prompts], image_kv_bytes=0, image_kv_stored=0,
+                         text_kv_bytes=0, ms={"prefill": sum(guided.ms.values()), "decode": 0.0})
+        if not rest:
+            return answer
+        sgl.scores = sgl.scores[rest]
+        large = generate(model, [prompts[b] for b in rest], image.select(rest), max_new_tokens, stop_ids,
+                         sample, lambda i, token: emit(rest[i], token), pruner, decode)
+        for i, b in enumerate(rest):
+            answer.tokens[b], answer.kept[b] = large.tokens[i], large.kept[i]
+        large.ms["prefill"] += answer.ms["prefill"]
+        return replace(large, tokens=answer.tokens, seen=answer.seen, kept=answer.kept, early=early)
+
+    def ask_guide(self, prompts: list[list[int]], image: ImageTokens, max_new_tokens: int,
+                  stop_ids: tuple[int, ...]):
+        """The small model's Answer to every prompt; leaves scores, answers and confidence in the pruner."""
+        sgl = self.sgl
+        tiles = image.states.tiles
+        guide = load_guide(sgl.guide, image.features.device, image.features.dtype)
+        if wrong := misfit(guide.config, tiles, image, prompts, max_new_tokens):
+            raise ValueError(f"{sgl.name}: guide {sgl.guide!r} does not fit the model: {wrong}")
+        one = all(each is tiles[0] for each in tiles)           # one image, for any number of questions
+        seen = guide.encode(tiles[:1]).expand(len(tiles)) if one else guide.encode(tiles)
+        watch = Watch(stop_ids, sgl.layer_weight == "gate", (image.coords[..., 0] >= 0).any(1))
+        answer = self.generate(guide, prompts, seen, max_new_tokens, stop_ids, GREEDY, silent, watch, None)
+        sgl.scores = watch.scores
+        sgl.guide_answers = [[t for t in said if t not in stop_ids] for said in watch.answers]
+        sgl.confidence = [None] * len(prompts)
+        if sgl.threshold is not None:
+            fewer = seen.take(top_k_mask(watch.scores, sgl.consistency, seen))
+            again = read_again(guide, prompts, watch.answers, fewer)
+            for b, said in enumerate(watch.answers):
+                if said:
+                    sgl.confidence[b] = confidence(torch.tensor(watch.log_p[b]), again[b])
+        return answer
+
+
+def silent(sequence: int, token: int):
+    """An `emit` that does nothing."""
 
 
 class Watch(Pruner):
-    """Lets the small model be; sums in `scores` [B, N] how much each image token is looked at."""
+    """Changes nothing in the small model; sums in `scores` [B, N] the attention that image tokens receive
+    from prompt and answer. `answers` have their stop tokens, `log_p` the log probability of each of their
+    tokens; only sequences that see an image have any."""
+    keeps_all = False           # so that its hooks are called
 
-    def __init__(self, gated: bool):
-        self.gated, self.weights, self.kvs, self.scores = gated, [], [], 0
+    def __init__(self, stop_ids: tuple[int, ...], gated: bool, sees_image: Tensor):
+        self.stop_ids = stop_ids
+        self.gated = gated
+        self.running = sees_image                                                       # [B]
+        self.scores = 0
+        self.answers = [[] for _ in sees_image]
+        self.log_p = [[] for _ in sees_image]
+
+    def begin(self, model: LlamaVision):
+        self.weights = [layer.cross_attn_attn_gate.tanh().float().abs() if self.gated else 1
+                        for layer in model.language_model.cross_layers]
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
-        self.weights.append(queries.gate.float().abs() if self.gated else 1)
-        self._add(i, queries, kv)
+        self.add(i, queries, kv)
         return image, kv
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        self.kvs = kvs              # with all N tokens; what decoding holds may have fewer, in other places
-        return kvs
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        self.image_kv = image_kv    # with all N tokens: the cache may have fewer, at other indices
+        return image_kv
 
-    def step(self, queries: list[Tensor], running: list[int]):
-        """One more token of the answers that are `running`; they see all that is not masked."""
-        for i, (q, kv) in enumerate(zip(queries, self.kvs, strict=True)):
-            seen = kv.coords.new_zeros(len(q), 1, 2)
-            seen[running, 0, 1] = kv.coords[..., 0].max() + 1
-            self._add(i, Queries(q, seen), kv)
-
-    def _add(self, i: int, queries: Queries, kv: ImageKV):
-        self.scores = self.scores + self.weights[i] * attention_received(queries, kv).sum(1)
-
-
-def answer(guide: LlamaVision, prompts: Prompts, image: ImageTokens,
-           watch: Watch) -> tuple[list[list[int]], list[Tensor]]:
-    """The greedy answer to each prompt about an image, with its stop token, and log p [n] of its tokens."""
-    logits, cache = guide.prefill(padded(guide, prompts.ids), list(map(len, prompts.ids)), image,
-                                  prompts.max_new_tokens, watch)
-    running = (image.coords[..., 0] >= 0).any(1).nonzero()[:, 0].tolist()
-    answers, logs = [[] for _ in prompts.ids], [[] for _ in prompts.ids]
-    for step in range(prompts.max_new_tokens):
+    def logits(self, logits: Tensor) -> Tensor:
         tokens = logits.argmax(-1)
-        new, log = tokens.tolist(), log_chances(logits, tokens).tolist()
-        for row in running:
-            answers[row].append(new[row])
-            logs[row].append(log[row])
-        running = [row for row in running if new[row] not in prompts.stop_ids]
-        if not running or step + 1 == prompts.max_new_tokens:
-            break                                           # the last token is fed to nobody
-        logits = guide.decode(tokens, cache)                # ended rows run along, unheard
-        watch.step(cache.queries, running)
-    return answers, list(map(torch.tensor, logs))
+        log_p = log_probability(logits, tokens).tolist()
+        for b in self.running.nonzero()[:, 0].tolist():
+            self.answers[b].append(int(tokens[b]))
+            self.log_p[b].append(log_p[b])
+        self.running = self.running & ~torch.isin(tokens, tokens.new_tensor(self.stop_ids))
+        return logits
+
+    def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
+        for i, (q, kv) in enumerate(zip(queries, self.image_kv, strict=True)):
+            seen = kv.coords.new_zeros(len(q), 1, 2)
+            seen[self.running, 0, 1] = kv.coords[..., 0].max() + 1
+            self.add(i, Queries(q, seen), kv)
+        return image_kv
+
+    def add(self, i: int, queries: Queries, kv: ImageKV):
+        self.scores = self.scores + self.weights[i] * attention_received(queries, kv).sum(1)
 
 
 def read_again(guide: LlamaVision, prompts: list[list[int]], answers: list[list[int]],
                image: ImageTokens) -> list[Tensor]:
-    """log p [n] of the tokens of answers that are given, each after those before it."""
-    hidden = guide.hidden(padded(guide, [p + a for p, a in zip(prompts, answers, strict=True)]), image)
-    logs = []
-    for states, prompt, given in zip(hidden, prompts, answers, strict=True):
-        first = len(prompt) - 1                             # the row that a first token comes of
-        tokens = torch.tensor(given, dtype=torch.long, device=hidden.device)
-        logs.append(log_chances(guide.lm_head(states[first:first + len(given)]), tokens).cpu())
-    return logs
+    """The log probability [n] of the tokens of answers that are given, each after those before it."""
+    ids, _ = guide.pad_right([prompt + said for prompt, said in zip(prompts, answers, strict=True)])
+    hidden = guide.hidden(ids, image)                                                   # [B, T, D]
+    log_p = []
+    for states, prompt, said in zip(hidden, prompts, answers, strict=True):
+        first = len(prompt) - 1                         # the position whose logits give the first token
+        tokens = torch.tensor(said, dtype=torch.long, device=hidden.device)
+        log_p.append(log_probability(guide.lm_head(states[first:first + len(said)]), tokens).cpu())
+    return log_p
 
 
-def log_chances(logits: Tensor, tokens: Tensor) -> Tensor:
+def log_probability(logits: Tensor, tokens: Tensor) -> Tensor:
     """log p [n] of tokens [n], from logits [n, V], in fp32."""
     return logits.float().log_softmax(-1).take_along_dim(tokens[:, None], 1)[:, 0]
 
@@ -173,32 +221,29 @@ def confidence(found: Tensor, again: Tensor) -> float:
     return (found.mean().exp() + again.sum().exp()).item() / 2
 
 
-def padded(guide: LlamaVision, rows: list[list[int]]) -> Tensor:
-    """Token ids of several lengths as one tensor [B, T]."""
-    longest, pad = max(map(len, rows)), padding_id(guide.config)
-    filled = [row + [pad] * (longest - len(row)) for row in rows]
-    return torch.tensor(filled, device=guide.lm_head.weight.device)
-
-
-def misfit(guide: Config, image: ImageTokens, prompts: Prompts) -> str:
+def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts: list[list[int]],
+           max_new_tokens: int) -> str:
     """What a guide reads otherwise than the model whose tiles, image tokens and prompts these are, or ""."""
-    held, own, text = [row for row in image.vision.tiles if row is not None], guide.vision, guide.text
-    tiles = sum(int(row.real.sum()) for row in held)
-    most, side = next((row.pixels.shape[1], row.pixels.shape[-1]) for row in held if len(row))
-    for what, its, ours in (
-            ("pixels along a tile", own.image_size, side),
-            ("tiles an image at most", own.max_num_tiles, most),
-            ("image tokens a tile", own.tokens_per_tile, int((image.coords[..., 0] >= 0).sum()) // tiles),
-            ("images in the prompts", sum(ids.count(guide.image_token_index) for ids in prompts.ids),
-             sum(map(len, held)))):
+    given = [each for each in tiles if each is not None and len(each)]
+    vision, text = guide.vision, guide.text
+    real = sum(int(each.real.sum()) for each in given)
+    slots, side = given[0].pixels.shape[1], given[0].pixels.shape[-1]
+    tokens = int((image.coords[..., 0] >= 0).sum()) // real
+    named = sum(ids.count(guide.image_token_index) for ids in prompts)
+    for what, its, ours in (("pixels along a tile", vision.image_size, side),
+                            ("tiles an image at most", vision.max_num_tiles, slots),
+                            ("image tokens a tile", vision.tokens_per_tile, tokens),
+                            ("images in the prompts", named, sum(map(len, given)))):
         if its != ours:
             return f"it finds {its} {what}, the model {ours}"
-    for rows, columns in (grid for row in held for grid in row.grid.tolist()):
-        if (rows, columns) not in own.supported_aspect_ratios:
+    for rows, columns in (grid for each in given for grid in each.grid.tolist()):
+        if (rows, columns) not in vision.supported_aspect_ratios:
             return f"it knows no {rows} x {columns} tiles"
-    if (highest := max(map(max, prompts.ids))) >= (known := text.vocab_size + EXTRA_EMBEDDINGS):
+    known, highest = text.vocab_size + EXTRA_EMBEDDINGS, max(map(max, prompts))
+    if highest >= known:
         return f"it knows {known} tokens, but token {highest} is in a prompt"
-    if (longest := max(map(len, prompts.ids)) + prompts.max_new_tokens) > text.max_position_embeddings:
+    longest = max(map(len, prompts)) + max_new_tokens
+    if longest > text.max_position_embeddings:
         return f"its context holds {text.max_position_embeddings} tokens, but {longest} are asked for"
     return ""
 

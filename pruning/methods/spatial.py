@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from model.image_tokens import each_image
-from pruning.pruner import ImageKV, ImageTokens, Queries, SelectOnce, num_kept
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
+from pruning.pruner import SelectOnce
+from pruning.select import num_kept
 
 
 @dataclass
@@ -19,7 +20,8 @@ class Spatial(SelectOnce):
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
         kept = torch.zeros(image.coords.shape[:2], dtype=torch.bool, device=image.coords.device)
         for there in each_image(image):
-            tokens, rank = there.sum(-1, keepdim=True), there.cumsum(-1) - 1
+            tokens = there.sum(-1, keepdim=True)
+            rank = there.cumsum(-1) - 1
             n = num_kept(self.keep, tokens)
             kept |= there & (rank * n % tokens.clamp(min=1) < n)
         return kept

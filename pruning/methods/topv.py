@@ -44,7 +44,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pruning.pruner import ImageTokens, Prompts, Pruner, num_kept
+from model.image_tokens import ImageTokens
+from pruning.options import check_least
+from pruning.pruner import Pruner
+from pruning.select import num_kept
 
 KAPPA = {"one_sided": 0.0, "partial": 0.5, "balanced": 1.0}
 
@@ -62,41 +65,48 @@ class TopV(Pruner):
     mode: Literal["partial", "one_sided", "balanced"] = "partial"
     stride: int = 4                                 # of the dropped, every so manyth is put back; 0: none
     scope: Literal["canvas", "tile"] = "canvas"     # one problem for an image, or one for each tile
-    paper, needs = "Yang et al. 2025, arXiv 2503.18278", ("vision",)
+    paper = "Yang et al. 2025, arXiv 2503.18278"
+    keep_states = True
 
     def __post_init__(self):
         super().__post_init__()
-        least = {"alpha": 0, "beta": 0, "gamma": 0, "sigma": 0.01, "epsilon": 0.01, "stride": 0}
-        for option, low in {**least, "iterations": 1}.items():
-            if getattr(self, option) < low:
-                raise ValueError(f"{self.name}: {option} is {getattr(self, option)}, but must be at least {low}")
+        check_least(self, alpha=0, beta=0, gamma=0, sigma=0.01, epsilon=0.01, stride=0, iterations=1)
 
-    def encoded(self, image: ImageTokens, prompts: Prompts) -> ImageTokens:
-        kept, vision = torch.zeros_like(image.coords[..., 0], dtype=torch.bool), image.vision
-        for row, tiles in enumerate(vision.tiles):
+    def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
+        kept = torch.zeros_like(image.coords[..., 0], dtype=torch.bool)
+        states = image.states
+        for b, tiles in enumerate(states.tiles):
             for i, (_, columns) in enumerate([] if tiles is None else tiles.grid.tolist()):
-                own = row, image.coords[row, :, 0] == i
-                kept[own] = self.choose(image.coords[own], columns, vision.entering[own], vision.leaving[own])
+                own = b, image.coords[b, :, 0] == i
+                before, after = states.entering[own], states.attended[own]
+                kept[own] = self.choose(image.coords[own], columns, before, after)
         return image.take(kept)
 
     def choose(self, coords: Tensor, columns: int, source: Tensor, target: Tensor) -> Tensor:
-        """What is kept of one image, [n] bool: place [n, 4] and states [n, E] of its tokens."""
-        tile, first, n = coords[:, 1], coords[:, 2] < 0, int(num_kept(self.keep, torch.tensor(len(coords))))
-        spot = torch.stack((tile // columns, tile % columns), 1) * (coords[:, 3].max() + 1) + coords[:, 2:]
+        """Which tokens of one image are kept, [n] bool: coords [n, 4] and states [n, E]."""
+        tile = coords[:, 1]
+        class_token = coords[:, 2] < 0
+        n = int(num_kept(self.keep, torch.tensor(len(coords))))
+        corner = torch.stack((tile // columns, tile % columns), 1) * (coords[:, 3].max() + 1)
+        spot = corner + coords[:, 2:]                                           # row and column in the image
         reading = (spot[:, 0] * (spot.max() + 2) + spot[:, 1]).argsort()        # row by row of the image
-        kept = first & (first.cumsum(0) <= n // 2)
+        kept = class_token & (class_token.cumsum(0) <= n // 2)
         n -= int(kept.sum())
-        parts = [~first] if self.scope == "canvas" else [~first & (tile == t) for t in tile.unique()]
+        parts = [~class_token]
+        if self.scope == "tile":
+            parts = [~class_token & (tile == t) for t in tile.unique()]
         for i, part in enumerate(parts):
             which = reading[part[reading]]
             cost = self.cost(source[which], target[which], spot[which] - spot.amax(0) / 2)
             gives = transport(cost, KAPPA[self.mode], self.iterations, self.epsilon).sum(1)
-            kept[which[pick(gives, (n + len(parts) - 1 - i) // len(parts), self.stride)]] = True
+            room = (n + len(parts) - 1 - i) // len(parts)
+            kept[which[pick(gives, room, self.stride)]] = True
         return kept
 
     def cost(self, source: Tensor, target: Tensor, spot: Tensor) -> Tensor:
         """States [n, E] and where they are, from the centre [n, 2] -> [n, n] fp32."""
-        unlike, off = torch.cdist(source.float(), target.float()).square(), spot.norm(dim=1, keepdim=True)
+        unlike = torch.cdist(source.float(), target.float()).square()
+        off = spot.norm(dim=1, keepdim=True)
         near = (torch.cdist(spot, spot) * 24 / self.sigma).square().div(-2 * len(spot)).exp()
         terms = zip((self.alpha, self.beta, self.gamma), (unlike, 1 - near, off), strict=True)
         return sum(weight * (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12) for weight, x in terms)
@@ -108,7 +118,8 @@ def transport(cost: Tensor, kappa: float, iterations: int, epsilon: float) -> Te
     Every target gets 1 / n. What a source gives is free with `kappa` 0, and with 1 fixed to 1 / n as well
     (Sinkhorn's own; a cost that only the source has then makes no difference); between, drawn towards it.
     """
-    log_k, v = cost / -epsilon, 0.0
+    log_k = cost / -epsilon
+    v = 0.0
     for _ in range(iterations):             # a factor that all sources have cancels out: no 1 / n in here
         u = -kappa * (log_k + v).logsumexp(1, keepdim=True)
         v = -(log_k + u).logsumexp(0)

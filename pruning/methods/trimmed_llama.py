@@ -18,8 +18,11 @@ from typing import Literal
 
 from torch import Tensor
 
+from model.image_tokens import ImageKV, ImageTokens, Queries
 from pruning.attention import attention_received
-from pruning.pruner import ImageKV, ImageTokens, Queries, SelectOnce, top_k_mask
+from pruning.options import check_share
+from pruning.pruner import SelectOnce
+from pruning.select import top_k_mask
 
 
 @dataclass
@@ -29,7 +32,7 @@ class TrimmedLlama(SelectOnce):
     `keep` is the paper's K_ratio: the share, or number, of image tokens that every head may vote for.
     """
     keep: float | int = 0.25
-    per: Literal["query", "kv_head"] = "query"
+    per: Literal["head", "kv_head"] = "head"
     budget: float | int | None = None
 
     name, unit = "trimmed_llama", "per head"
@@ -38,18 +41,18 @@ class TrimmedLlama(SelectOnce):
     def __post_init__(self):
         super().__post_init__()
         if self.budget is not None:
-            self.check_share("budget")
+            check_share(self, "budget")
 
     @property
     def keeps_all(self) -> bool:
         return super().keeps_all and self.budget is None
 
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
-        mass = attention_received(queries, kv, heads="query" if self.per == "query" else "kv")       # [B, H, N]
-        kept = top_k_mask(mass, self.keep, image).any(1)
+        received = attention_received(queries, kv, per=self.per)                        # [B, H or G, N]
+        kept = top_k_mask(received, self.keep, image).any(1)
         if self.budget is None:
             return kept
-        return kept & top_k_mask(mass.amax(1).masked_fill(~kept, -1), self.budget, image)
+        return kept & top_k_mask(received.amax(1).masked_fill(~kept, -1), self.budget, image)
 
 
 def flops_reduction(text: int, image: int, kept: float, width: int = 4096, mlp: int = 14336,

@@ -18,24 +18,24 @@ What cannot carry over: image tokens have no queries here that could be left out
 them, and their cache does not grow, so nothing is chosen while decoding. The values of dropped tokens are
 made all the same: here a layer makes keys and values together.
 
-Ours: `keep` takes the place of tau. One tau for all layers of a prompt is found at which they keep so many
+Ours: `keep` takes the coords of tau. One tau for all layers of a prompt is found at which they keep so many
 tokens in all; where several stand right at it, those of the first layers win, so the number is exact. This
 needs the curves of all layers, so the cut is at the boundary then, as with `when="boundary"`. Several images
 compete, but the best token of each goes first. No figure is published for this model; where heads are
 diffuse, 0.975 may well keep most tokens: that is the method.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from model.image_tokens import each_image, visible
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image, visible_tokens
 from pruning.attention import attention_received
-from pruning.pruner import ImageKV, ImageTokens, Queries, SelectPerLayer
+from pruning.pruner import SelectPerLayer
 from pruning.select import budget, highest, missing
 
-RECENT, RANDOM = 64, 64     # probe rows
+RECENT, RANDOM = 64, 64     # probes
 ROUNDING = 1e-5             # of the mass that may be missing
 
 
@@ -44,12 +44,12 @@ class ZipVL(SelectPerLayer):
     """Keeps in each layer as many tokens as hold a share tau of its attention.
 
     With `keep`, of each image's tokens a layer on average, tau is found instead of given. `seed` is of the
-    random probe rows of long prompts.
+    random probes of long prompts.
     """
     keep: float | int | None = None
     tau: float = 0.975
     when: Literal["prefill", "boundary"] = "prefill"        # boundary: the prompt reads everything
-    heads: Literal["layer", "kv_head"] = "layer"
+    per: Literal["layer", "kv_head"] = "layer"
     seed: int = 0
 
     paper = "He et al. 2024, arXiv 2410.08584"
@@ -70,24 +70,27 @@ class ZipVL(SelectPerLayer):
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         image, kv = super().layer(i, queries, image, kv)
-        return image, kv.take(self.chosen([kv])[0]) if self.at_once else kv
+        return image, kv.take(self.choose([kv])[0]) if self.at_once else kv
 
-    def prefilled(self, kvs: list[ImageKV]) -> list[ImageKV]:
-        return kvs if self.at_once else super().prefilled(kvs)
+    def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
+        return image_kv if self.at_once else super().prefilled(image_kv)
 
-    def score(self, i: int, queries: Queries, kv: ImageKV) -> Tensor:
-        """The attention that each token gets from the probe rows, [2, B, K, N]: the mass, and the mean."""
-        seen = queries.seen * probes(queries.seen[..., 0] < queries.seen[..., 1], self.seed)[..., None]
-        mass = attention_received(replace(queries, seen=seen), kv, heads="layer" if self.heads == "layer" else "kv")
-        mass = mass.view(len(seen), -1, kv.key.shape[2])
-        return torch.stack((mass, mass / visible(seen, kv).sum(2).clamp(min=1)))
+    def score(self, queries: Queries, kv: ImageKV) -> Tensor:
+        """The attention that each token receives from the probes, [2, B, K, N]: the sum, and the mean."""
+        asked = probes(queries.seen[..., 0] < queries.seen[..., 1], self.seed)          # [B, T]
+        received = attention_received(queries, kv, asked, self.per)
+        received = received.view(len(asked), -1, kv.key.shape[2])                       # [B, K, N]
+        seeing = visible_tokens(queries.seen * asked[..., None], kv).sum(2)             # [B, 1, N]
+        return torch.stack((received, received / seeing.clamp(min=1)))
 
-    def chosen(self, kvs: list[ImageKV]) -> list[Tensor]:
+    def choose(self, image_kv: list[ImageKV]) -> list[Tensor]:
         """What the latest layers keep, [B, K, N] bool of each."""
-        mass, mean = torch.stack(self.scores[-len(kvs):], dim=2)                        # [B, C, K, N] each
-        images = [image[:, None] for image in each_image(kvs[0])]                       # [B, 1, 1, N] each
-        there, first = sum(images) > 0, sum(highest(mean, 1, image) for image in images) > 0
-        rank, lacking = torch.arange(mean.shape[-1], device=mean.device), missing(mass.masked_fill(~there, 0))
+        mass, mean = torch.stack(self.scores[-len(image_kv):], dim=2)                   # [B, C, K, N] each
+        images = [there[:, None] for there in each_image(image_kv[0])]                  # [B, 1, 1, N] each
+        there = sum(images) > 0
+        first = sum(highest(mean, 1, image) for image in images) > 0          # the best of each
+        rank = torch.arange(mean.shape[-1], device=mean.device)
+        lacking = missing(mass.masked_fill(~there, 0))
         lacking = lacking.masked_fill(rank < first.sum(-1, keepdim=True), 2)
         wanted = (rank < there.sum(-1, keepdim=True)).expand_as(mean)
         if self.keep is None:
@@ -96,16 +99,18 @@ class ZipVL(SelectPerLayer):
             sets = wanted[0, ..., 0].numel()
             total = sum(budget(self.keep, image.sum((1, 2, 3)), sets) for image in images)
             wanted = highest(lacking.flatten(1), total[:, None], wanted.flatten(1)).view_as(wanted)
-        return [*highest(mean.masked_fill(first, torch.inf), wanted.sum(-1, keepdim=True), there).unbind(1)]
+        counts = wanted.sum(-1, keepdim=True)
+        return [*highest(mean.masked_fill(first, torch.inf), counts, there).unbind(1)]
 
 
 def probes(looking: Tensor, seed: int) -> Tensor:
-    """Of the text rows [B, T] that see an image, the latest and some random ones of the others; all of them
-    where they are few. Which is drawn depends on how many there are, and on nothing else of the batch."""
+    """Of the query positions [B, T] that see an image, the latest and some random ones of the others; all of
+    them if they are few. Which are drawn depends on how many there are, and on nothing else of the batch."""
     asked = looking.clone()
-    for row, rows in enumerate(looking):
-        early = rows.nonzero()[:-RECENT, 0]
+    for b, sees in enumerate(looking):
+        early = sees.nonzero()[:-RECENT, 0]
         if len(early) > RANDOM:
-            draw = torch.Generator().manual_seed(seed)
-            asked[row, early[torch.randperm(len(early), generator=draw)[RANDOM:].to(early.device)]] = False
+            generator = torch.Generator().manual_seed(seed)
+            left_out = torch.randperm(len(early), generator=generator)[RANDOM:].to(early.device)
+            asked[b, early[left_out]] = False
     return asked

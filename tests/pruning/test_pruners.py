@@ -28,16 +28,16 @@ OPTIONS = {
     "trimmed_llama": [{"keep": 3, "per": "kv_head"}, {"keep": 0.1, "when": "boundary"},
                       {"keep": 0.1, "early_caches": "full"}, {"keep": 2, "budget": 4, "full_layers": 2},
                       {"keep": 0.2, "full_layers": 0}],
-    "fastv": [{"keep": 3, "rows": "all"}, {"keep": 0.4, "full_layers": 0, "seed": 3},
+    "fastv": [{"keep": 3, "positions": "all"}, {"keep": 0.4, "full_layers": 0, "seed": 3},
               {"keep": 0.3, "full_layers": 2, "early_caches": "trim"}, {"keep": 0.3, "when": "boundary"},
               {"keep": 0.3, "when": "step", "early_caches": "trim"}],
     "elastic_cache": [{"keep": 3, "bucket_scope": "sequence"}, {"keep": 0.3, "drop": True},
                       {"keep": 0.3, "mass_bias": True, "protect_cls": True}],
-    "csp": [{"keep": 3, "heads": "layer"}, {"keep": 0.3, "n": 0.0, "obs_rows": 2}],
+    "csp": [{"keep": 3, "per": "layer"}, {"keep": 0.3, "n": 0.0, "observed": 2}],
     "aircache": [{"keep": 3, "alpha": 0.3}, {"keep": 0.2, "strength": "none", "alpha": 0.0},
                  {"keep": 0.9, "alpha": 1.0}],
-    "zipvl": [{"tau": 0.8}, {"tau": 0.6, "heads": "kv_head"}, {"tau": 0.7, "when": "boundary"},
-              {"keep": 3, "heads": "kv_head"}, {"tau": 0.3, "when": "boundary", "heads": "kv_head"}],
+    "zipvl": [{"tau": 0.8}, {"tau": 0.6, "per": "kv_head"}, {"tau": 0.7, "when": "boundary"},
+              {"keep": 3, "per": "kv_head"}, {"tau": 0.3, "when": "boundary", "per": "kv_head"}],
     "topv": [{"keep": 7, "mode": "balanced", "stride": 0}, {"keep": 0.5, "scope": "tile", "stride": 2},
              {"keep": 0.4, "mode": "one_sided", "gamma": 1.0}],
     "attention_predictor": [{"keep": 0.4, "block": 1, "calibrate": 2},
@@ -54,7 +54,7 @@ OPTIONS = {
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 ALWAYS = {"quecc": {"weights": "pool"}}                     # the trained ones fit the bundled model alone
-STATES = "features", "entering", "leaving"          # of Vision
+STATES = "features", "entering", "attended"         # of EncoderStates
 MODELS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}     # seed, share, cross-attention layers
 
 
@@ -179,11 +179,11 @@ def test_every_image_keeps_its_share(make, some, see, ask):
 
 def alone(network, image, row: int):
     """The image of one batch row as it comes without the others."""
-    one = image.rows([row])
+    one = image.select([row])
     real = slice(None) if image.mask is None else image.mask[row]
-    vision = one.vision and replace(one.vision, **{n: getattr(one.vision, n)[:, real] for n in STATES})
+    states = one.states and replace(one.states, **{n: getattr(one.states, n)[:, real] for n in STATES})
     coords = one.coords[:, real]
-    return ImageTokens(one.features[:, real], coords, None, vision) if coords.numel() else None
+    return ImageTokens(one.features[:, real], coords, None, states) if coords.numel() else None
 
 
 def test_a_batch_gives_each_row_what_it_gets_alone(make, some, see, ask):
@@ -277,8 +277,8 @@ def test_padding_among_image_tokens_has_no_say(make, some, see, ask):
 
     def fill(state: Tensor) -> Tensor:
         return torch.where(image.mask[..., None], state, 1e3 * torch.randn(state.shape, generator=generator))
-    vision = image.vision and replace(image.vision, **{n: fill(getattr(image.vision, n)) for n in STATES})
-    filled = replace(image, features=fill(image.features), vision=vision)
+    states = image.states and replace(image.states, **{n: fill(getattr(image.states, n)) for n in STATES})
+    filled = replace(image, features=fill(image.features), states=states)
     run, expected = ask(some, PROMPTS, filled, make()), ask(some, PROMPTS, image, pruner)
     assert chosen(run) == chosen(expected)
     close(run.logits, expected.logits)

@@ -188,7 +188,7 @@ def test_the_attention_map_is_brighter_where_there_is_more_attention(drawn, grid
     recorder, coords = recorded([grid]), tokens(grid)
     weights = torch.rand(len(coords), generator=torch.Generator().manual_seed(1))
     gone = torch.arange(len(coords)) % 5 == 2
-    recorder.mass = [(weights, coords), (weights[~gone], coords[~gone])]
+    recorder.received = [(weights, coords), (weights[~gone], coords[~gone])]
     attention_map([Image.new("RGB", (grid[1] * S, grid[0] * S), "grey")], PROCESSOR, recorder, "")
     first, second = (patches(pixels(panel), grid).flatten(2).mean(-1) for panel, _ in drawn[:-1])
     wanted = torch.zeros_like(first)
@@ -216,7 +216,7 @@ def test_the_attention_is_that_of_the_first_batch_row_on_its_own_tokens():
     assert recorder.layer(0, Queries(q, seen), None, layer) == (None, layer)
     scores = q[0] @ key[0].repeat_interleave(2, 0).transpose(1, 2) / 8 ** 0.5
     wanted = scores[..., :4].softmax(-1)[:, 1:].sum(1).mean(0)  # row 0 sees no image
-    mass, where = recorder.mass[0]
+    mass, where = recorder.received[0]
     assert torch.allclose(mass, wanted, atol=1e-6) and torch.equal(where, coords[:4])
 
 
@@ -254,7 +254,7 @@ def test_every_moment_is_passed_on():
         name, arguments = spy.called[-1]
         assert name == hook and all(a is b for a, b in zip(arguments, given[hook], strict=True))
     assert [name for name, _ in spy.called] == list(HOOKS)
-    assert recorder.kvs[0].key.numel() == recorder.image.features.numel() == 0      # holds no memory
+    assert recorder.image_kv[0].key.numel() == recorder.image.features.numel() == 0      # holds no memory
 
 
 @pytest.fixture(scope="module")
@@ -279,8 +279,8 @@ def test_a_recorder_changes_no_answer_and_knows_what_was_kept(assistant, method)
         answers.append(assistant.answer(prompts, assistant.encode_images(images, pruner), 6, pruner=pruner))
     assert answers[0].tokens == answers[1].tokens and answers[0].kept == answers[1].kept
     assert not pruner.keeps_all and str(pruner) == str(load(method, **PRUNERS[method]))
-    assert [float(layer.counts()[0]) for layer in pruner.kvs] == answers[0].kept[0]
-    assert len(pruner.mass) == 3 and all(len(mass) == len(coords) for mass, coords in pruner.mass)
+    assert [float(layer.counts()[0]) for layer in pruner.image_kv] == answers[0].kept[0]
+    assert len(pruner.received) == 3 and all(len(mass) == len(coords) for mass, coords in pruner.received)
     for draw in kept_map, attention_map:
         assert min(draw(images, assistant.processor, pruner, str(pruner)).size) >= 560
 
