@@ -1,6 +1,6 @@
 """Maps of what a pruner kept, or of where the prompt looks, drawn over the image as the model saw it.
 
-    Recorder(pruner) ── generate ─► Recorder.image, .image_kv, .received ── kept_map, attention_map ─► a PIL image
+    Recorder(pruner) ── generate ─► its image, image_kv, received ── kept_map, attention_map ─► a PIL image
 
 The image is rebuilt from the Tiles that the encoder read, with their black margin, so that every patch is
 where the model saw it: `coords` are image, tile, row and column. Class tokens have no position in the tile;

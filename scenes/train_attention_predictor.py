@@ -88,7 +88,8 @@ def logs(model: LlamaVision, tokenizer: ChatTokenizer, processor: ImageProcessor
 
 def log(model: LlamaVision, ids: list[int], image: ImageTokens, stop_ids: tuple[int, ...]) -> Log:
     """Answers greedily, with the whole image at every step."""
-    watch = Watch(1.0, block=1, predictor="last", calibrate=1, skip_layers=0, window=len(ids) + MAX_NEW_TOKENS)
+    window = len(ids) + MAX_NEW_TOKENS
+    watch = Watch(1.0, block=1, predictor="last", calibrate=1, skip_layers=0, window=window)
     generate(model, [ids], image, MAX_NEW_TOKENS, stop_ids, pruner=watch)
     patches = model.config.vision.tokens_per_tile - 1
     return Log(torch.cat(watch.history, 1)[0].unflatten(-1, (-1, patches)).clone(), watch.prompt)

@@ -1,30 +1,12 @@
-"""AirCache: after prefill, each layer keeps the image tokens that a few important text tokens look at.
+"""AirCache: after prefill, each layer keeps the image tokens that a few important text tokens attend to.
 
-Kai Huang, Hao Zou, Bochen Wang, Ye Xi et al.: "AirCache: Activating Inter-modal Relevancy KV Cache
-Compression for Efficient Large Vision-Language Model Inference", ICCV 2025, arXiv 2503.23956.
+    elite E = {t : a[t] >= alpha · max a}, a = self-attention of the last text token
+    I[j]    = mean over t in E and heads h of A[h, t, j]
+    kept    = the top (strength / its mean + skewness of I / its mean) / 2 · keep · N by I, means over layers
 
-Text tokens disagree about the image, so only an elite of them judges it; and layers differ in how much of it
-they need. With a_t the text self-attention of the last text token, in each of C layers with N image tokens:
-
-    elite       E = {t: a_t >= alpha * max a}
-    importance  I_j = mean over t in E, and over heads, of the attention of t on j
-    skewness    k = N / ((N - 1)(N - 2)) * sum over j of ((I_j - mean I) / std I)^3, std with N - 1
-    strength    s: how much the layer uses the image
-    kept        the (s / mean s + k / mean k) / 2 * keep * N tokens with the highest I; means over layers
-
-The paper's: the formulas, alpha 0.9, and that all layers are cut once, when all have been read. No code is
-published, and the formulas are known to us from notes on the paper alone. The mean over heads, and dividing
-by means over layers, which the notes call normalising, are inferred.
-
-What cannot carry over: theirs is one softmax over image and elite text, and s the share of it that falls on
-the image. In cross-attention this share is always 1. Ours in its place, `strength="gated_output"`, is the
-mean over E of |tanh(gate) W_o o| / |x|: what attention adds to a text row, against what that was. "none" goes
-by skewness alone, as the paper tried too. a_t is from the self-attention layer just before; where there is
-none, every row judges. Negative skewness counts as 0; where all layers have 0, they are equal.
-
-Ours: judges see all that the last row sees, so no row before the image is one; each image has a budget of its
-own, shared out over the layers to the token, with at least one for each. Not built: barring special tokens
-from the elite. No figure is published for this model.
+Huang et al., "AirCache", ICCV 2025, arXiv 2503.23956; known from notes, no code is published. Their strength
+cannot carry over, because cross-attention always sums to 1; `gated_output` is ours.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import Literal

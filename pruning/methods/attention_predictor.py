@@ -1,40 +1,11 @@
 """AttentionPredictor: read, at each step, the parts of the image that attention is expected to go to next.
 
-Attention over decode steps is taken as a time series: from the rows of the last steps a small network, one
-for all layers and heads, predicts the next row, and only the blocks that it ranks highest are read. Nothing
-is dropped for good: what is saved is reading, not memory.
+    next row = network(the last `window` rows of attention, each pooled by the maximum in every block)
 
-Qingyue Yang, Jie Wang, Xing Li, Zhihai Wang, Chen Chen, Lei Chen, Xianzhi Yu, Wulong Liu, Jianye Hao,
-Mingxuan Yuan, et al.: "AttentionPredictor: Temporal Pattern Matters for Efficient LLM Inference", NeurIPS
-2025, arXiv 2502.04077. Read against the authors' code (MIRALab-USTC/LLM-AttentionPredictor), which is a
-simulation that masks; of the paper we know the abstract.
-
-Theirs: the softmax row of a head, its maximum in every block of 16 tokens; a history of the last 64 rows, at
-first of the prompt's; a network (4,833 parameters) of two convolutions over history and blocks, a mean over
-time, and a mix of channels; the best blocks of its answer, as many as fit into the budget beside the tokens
-that are always read. The row of a step is what was read, normalised over that alone; every `calibrate`-th one
-is that of the whole image. A step's own row never has a say in what it reads. The first layers read all.
-
-Here: the sequence is the image, which neither grows nor has positions, so no blocks are added, no last ones
-are always read, and no pattern can move along; what can recur is a look back. Always read are the class
-tokens, which belong to no block. A block never spans two tiles, whose last one may be shorter; in `layout`
-"square", ours, blocks are squares of patches. Of several images each has the budget `keep` for itself, in
-every predicted layer: class tokens, then whole blocks in the order of the prediction until one does not fit,
-so never more than `keep`, and class tokens alone where it holds no block. A history grows to `window` rows
-where the prompt is shorter (theirs stays short); it has the prompt's rows that see what the last one sees.
-The tokens are really gathered, one set a key/value head: the mean prediction of its query heads. A set for
-each query head, as theirs, would need a mask and read everything; it is not built.
-
-The authors' network was trained on self-attention with rotary positions, so it is not used. Their loss and
-data are not published: ours has learned, by squared error, from the bundled checkpoint's cross-attention
-(`python -m scenes.train_attention_predictor`; figures beside the weights). That it serves other checkpoints
-is unverified. `predictor` "last" and "mean" need no training: the newest row, which between two calibrated
-rows finds again what it has just read, and the mean of all. The network multiplies 4,752 times for each head,
-row and block, which is more work than it saves on an image in fast memory.
-
-`offload` stands for their prefetching: on a GPU the keys and values of the whole image lie in the CPU's
-memory, and a layer's blocks are copied while those of the next are predicted. On a CPU it does nothing. It
-has not been run on a GPU. Their code runs no network for fewer than three blocks; ours does.
+Yang et al., "AttentionPredictor", NeurIPS 2025, arXiv 2502.04077. Nothing is dropped: reading is saved, not
+memory. Ours: blocks inside tiles, class tokens always read, one set for each key/value head, and a network
+trained on the bundled checkpoint. `offload` has not been run on a GPU.
+See docs/PAPERS.md.
 """
 import math
 from collections.abc import Callable

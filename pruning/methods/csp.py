@@ -1,32 +1,11 @@
-"""CSP, Cross-Self Pruning: rank what is seen within a modality apart from what is seen across two.
+"""CSP, Cross-Self Pruning: rank by the last query positions, with n added to the denominator of the softmax.
 
-Scores of text on text and of text on image differ in scale, and a joint ranking starves one of them. So each
-has its own: the sum, over the last rows of the prompt, of a softmax with n added to its denominator.
+    A'[h, t, j] = exp o[h, t, j] / (n + sum over i of exp o[h, t, i])       o: scores before the softmax
+    S[g, j] = sum over the last t of the mean over heads h of g             kept: the top keep · N by S, per g
 
-Xiaohuan Pei, Tao Huang, Chang Xu: "Cross-Self KV Cache Pruning for Efficient Vision-Language Inference",
-arXiv 2412.04652. Read against the authors' code (TerryPei/CSP).
-
-    A[t, j] = exp o[t, j] / (n + sum over i of exp o[t, i])         S[g, j] = sum of A over the last rows
-                                                                    and its mean over the query heads of g
-n is a key with score ln n and no value. It says nothing of the order in one row; a row with weak evidence for
-all its keys counts less. Ranking alone uses it; the model reads, and decodes, with its own softmax.
-
-Theirs: n = 1; a set for each key/value head is the code's (its models have one for each query head),
-`heads="layer"`, one set by the mean over all heads, is the paper's; a fifth of the prompt is kept. The last
-rows are a tenth of all tokens, text and image: with images of ordinary size that is every row that sees one,
-as an image has far more tokens than its question.
-
-Does not carry over: the trade-off between the two modalities in one cache, which is what the method is about.
-Here text and image are in different caches anyway, and nothing from image to text or image to image is left
-in the decoder. So the authors' share of cross attention and their coupled budgets are not built: `keep` is of
-the image, `text_keep` of the text, 1 for all of it. What is left with all text kept is a ranking by the
-last rows for each key/value head. Below 1 it is pruned likewise: causal, and the last `recent` of the prompt
-always kept, within `text_keep` (theirs: a tenth times a factor tuned for each data set).
-
-Ours: rows that see no image have no say on it; the last rows are counted among those that see one. `decode_n`
-above 0 is what the paper argues for and its code lacks: n also in the softmax of decoding, as one more entry
-of each image cache, key and value 0, at row and column -2. It is counted as a token held. Not verified: none
-of the defaults is tuned to this architecture, and results here say little of CSP elsewhere.
+Pei et al., "Cross-Self KV Cache Pruning for Efficient Vision-Language Inference", arXiv 2412.04652. Their
+balance of text and image in one cache cannot carry over: here they are in different caches. Ours: `decode_n`.
+See docs/PAPERS.md.
 """
 import math
 from dataclasses import dataclass

@@ -1,8 +1,7 @@
 """Fewer tiles: the image is resized to a smaller canvas before it is encoded.
 
-The honest cheap alternative to dropping tokens: it saves the encoder's work as well, and all that is lost is
-sharpness. `keep` is a share of the image's tiles; whole tiles are kept, at least one, so that an image of
-one tile stays as it is.
+`keep` is a share of the image's tiles. It saves the encoder's work as well, and loses sharpness only. Whole
+tiles are kept, at least one, so an image of one tile stays as it is. See docs/PAPERS.md.
 """
 import math
 from dataclasses import dataclass, replace

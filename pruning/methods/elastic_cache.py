@@ -1,32 +1,12 @@
-"""Elastic Cache: merge keys and values around anchors, where others drop them.
+"""Elastic Cache: merge keys and values around anchors instead of dropping them.
 
-In every layer the tokens with the most attention are anchors; every other token joins the anchor that is
-nearest in the sequence, and a bucket's mean key and mean value take the anchor's place.
+    I[j]   = mean over heads of the sum over query positions t of A[h, t, j]    anchors: the top keep · N by I
+    K', V' = means over the bucket of an anchor, which has the tokens nearest to it
 
-Zuyan Liu, Benlin Liu, Jiahui Wang, Yuhao Dong, Guangyi Chen, Yongming Rao, Ranjay Krishna, Jiwen Lu:
-"Efficient Inference of Vision Instruction-Following Models with Elastic Cache", ECCV 2024, arXiv 2407.18121.
-
-    I[n] = mean over heads of the sum over rows m of A[m, n]        anchors: the keep · N highest of a layer
-    K'[k], V'[k] = means over the bucket B[k], anchor included      of two anchors as near, the lower
-
-The paper's: these formulas; a set for each layer that its heads share; the prompt is read with everything,
-and merged afterwards. We follow the paper where its released code (liuzuyan/ElasticCache) differs: that code
-takes the output of one argsort for ranks, so that its anchors agree with the highest scores no more than by
-chance, and merges tokens one place beside those meant; its published figures may come of that. The code's
-`ratio` is the share removed.
-
-Does not carry over: one sequence that is merged while reading and cut at a fixed point while generating.
-Image caches do not grow here, so they are merged and that is all. Text rows all see an image at once: a sum
-over rows ranks as a mean does. `text_keep` below 1 does both to the text's own caches: causal sums, the first
-and the last token protected, merged after prefill, rotary phases and all; then, whenever one entry too many
-is held, the one 25 before the end of the merged prompt goes (never the first), or what has moved up to there.
-
-Ours: buckets end at the borders of tiles, where distance in the sequence says nothing, and a tile without an
-anchor joins the nearest one of its image; `bucket_scope="sequence"` is nearer to the paper, but images stay
-apart there too. `protect_cls` ranks class tokens first, within `keep`. A bucket counts once in a softmax, as
-in the paper; `mass_bias` adds ln of its size to its score, of image tokens. `drop` keeps anchors as they are
-and lets the others go: the paper's comparison with eviction. Its other comparisons (clusters, sets for each
-head, other points to cut at) are not built. Not verified: no figures for this architecture are published.
+Liu et al., "Efficient Inference of Vision Instruction-Following Models with Elastic Cache", ECCV 2024, arXiv
+2407.18121. Ours: buckets end at the borders of tiles, `protect_cls`, `mass_bias`. Image caches do not grow,
+so cutting them while text is generated cannot carry over.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass, replace
 from typing import Literal

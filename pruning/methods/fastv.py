@@ -1,15 +1,10 @@
-"""FastV: after a few layers, keep the image tokens that the last text row looks at.
+"""FastV: after a few layers, keep the image tokens that the last query position attends to.
 
-Liang Chen, Haozhe Zhao, Tianyu Liu, Shuai Bai, Junyang Lin, Chang Zhou, Baobao Chang: "An Image is Worth 1/2
-Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Read against the authors' code (pkunlp-icler/FastV).
+    score[j] = mean over heads h of A[h, last, j] in the last of the first layers       kept: the top keep · N
 
-Theirs: the mean over heads of one layer's attention, top-n, one set for all later layers, the first layers
-whole. `rows="last"` is what their code does, `"all"` what their text says. `when="step"` chooses anew after
-every decoded token, as their code without a cache does; it saves no memory.
-
-Ours, because images have no rows in this decoder: layers are cross-attention layers, and `full_layers` = 1
-stands for their K = 2 of 32; 0 ranks at random, as their K = 0. Several images: each is ranked by the last
-row that sees it. `early_caches="trim"` cuts the first layers too after prefill.
+Chen et al., "An Image is Worth 1/2 Tokens After Layer 2", ECCV 2024, arXiv 2403.06764. Ours: layers are
+cross-attention layers, and `full_layers` 1 stands for their K = 2 of 32 layers.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import Literal

@@ -1,30 +1,11 @@
-"""MINT: look at a few key image tokens only, and contrast what comes of it with the ordinary answer.
+"""MINT: attend to a few key image tokens only, and contrast the result with the ordinary answer.
 
-Chao Wang, Jianming Yang, Yang Zhou: "MINT: Mitigating Hallucinations in Large Vision-Language Models via
-Token Reduction", arXiv 2502.00717. No code is published; we had the abstract and summaries, no formulas.
+    key set = the top keep · N by the attention of the last query position in the first `n_sel` layers
+    z = (1 + alpha) · z_key - alpha · z_full        without the tokens y whose p_ref(y) < beta · max p_ref
 
-Theirs, in words: a small set of key tokens is chosen in shallow layers, the rest is masked in the layers
-after them, and decoding contrasts the logits with those of the ordinary model, within a plausibility
-constraint. As built, with a_l the attention of one text row in layer l, a mean over heads, and with z and p
-the logits and probabilities of a branch:
-
-    key set = the keep · N highest of sum over l < n_sel of a_l
-    z = (1 + alpha) · z_key - alpha · z_full, without tokens y that have p_ref(y) < beta · max p_ref
-
-Unverified, and borrowed from like methods: which layers and which row choose, the mean over heads and `keep`
-(FastV, MoD), alpha, beta and the reference of the constraint (VCD). That the key branch is the one to be
-raised is inferred from the abstract. So this is a reconstruction: its results are not the paper's.
-
-Ours: layers are cross-attention layers, where we choose as where we mask. Both branches are rows of one
-batch, each with its own text cache, for their hidden states part at the first masked layer. The last prompt
-row chooses (of several images each: the last that sees it), and its set holds for all rows of the prompt; a
-mask for the last row alone is not built, nor a choice that spares class tokens. A decoded token's own
-attention is known too late for itself: with `update="step"` it reads with the set that the row before it
-chose, by the queries of the key branch. With "prefill" the prompt's set stays. Rows whose branches read the
-same (text alone, or images kept whole) get the ordinary logits, without the constraint.
-
-This saves nothing: every prompt is read twice, and the full branch keeps all tokens. With "prefill" later
-layers drop the other tokens from the key branch, but a batch takes the room of its longest row.
+Wang et al., "MINT", arXiv 2502.00717. Code is not published and we had no formulas: this is a reconstruction,
+and its results are not those of the paper. It saves nothing, because every prompt is read twice.
+See docs/PAPERS.md.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace

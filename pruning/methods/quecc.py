@@ -1,33 +1,12 @@
-"""QueCC: a trained compressor makes a few tokens of each tile, and the question has a say in what they hold.
+"""QueCC: a trained compressor merges each tile into a few tokens, and the question has a say in them.
 
-Patches with the question mixed in are brought down to a small grid by a learned convolution; each cell of the
-grid then looks at its own region of the tile, and what it finds there is its token.
-
-Kevin Y. Li, Sachin Goyal, João D. Semedo, J. Zico Kolter: "Inference Optimal VLMs Need Only One Visual Token
-but Larger Models" (later "... Need Fewer Visual Tokens and More Parameters"), ICLR 2025, arXiv 2411.03312.
-Read against secondary sources and the authors' code (locuslab/llava-token-compression), not the paper itself.
-For a tile of side x side patches, a grid of g x g tokens and k = ceil(side / g):
-
-    X  [side², E]  final states of the vision encoder;  M [side², F]  these and the tapped ones
-    e  [D]         final state of the last token of the question, read as text alone
-    Q = Conv_k(MLP(X + LN(W e)))        depthwise, kernel and stride k          [g², E]
-    O = Attention(Q, MLP(M), MLP(M))    each cell to its own k x k patches      [g², E]
+    Q = Conv_k(MLP(X + LN(W e)))        O = Attention(Q, MLP(M), MLP(M)), each cell to its own k x k patches
     token = mean of the cell's tokens + W_out O
 
-where each MLP has weights of its own and ends in a LayerNorm. Theirs: all but the last line, and the
-compressor learns together with the language model. What could not carry over: their O goes through a
-projector that learns too, and their question is the user's text alone. Here projector and language model stay
-frozen, and e has read the whole prompt, template included, without its image tokens. So W_out stands for the
-product of their output layer and the frozen projector. It starts as zero, and then the mean, of projected
-tokens, is all there is: average pooling, which is `weights="pool"`.
-
-Ours too: theirs takes one crop, so each tile is compressed for itself, and its class token passes unchanged;
-where g does not divide the side, masked patches fill the grid up on the right and at the bottom (zeros to the
-convolution, no part of attention and mean); a new token stands at the place of its cell's first patch. The
-weights are distilled from the bundled model's own answers (`python -m scenes.train_quecc`): this is our
-variant, and says nothing of what theirs reaches. Not built: a two-layer projector of its own, the paper's
-training on captions and instructions, its random start, and its scaling law, which does not carry over to a
-decoder where image tokens pass no MLP. Not verified against the paper's own text: everything above.
+Li et al., "Inference Optimal VLMs Need Only One Visual Token but Larger Models", ICLR 2025, arXiv 2411.03312.
+X and M are states of the encoder, e is the question read as text alone. Ours: the last line; projector and
+language model stay frozen, and the weights are distilled (`python -m scenes.train_quecc`).
+See docs/PAPERS.md.
 """
 import math
 from dataclasses import dataclass

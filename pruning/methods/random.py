@@ -1,4 +1,7 @@
-"""Random image tokens: the baseline that every method must beat. Chosen where trimmed_llama chooses."""
+"""Random image tokens: the baseline that every method must beat, chosen where trimmed_llama chooses.
+
+See docs/PAPERS.md.
+"""
 from dataclasses import dataclass
 
 from torch import Tensor

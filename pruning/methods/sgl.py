@@ -1,34 +1,11 @@
-"""SGL: a small model answers first; what it looked at while doing so is what the large one keeps.
+"""SGL: a small model answers first; what it attended to meanwhile is what the large one keeps.
 
-Wangbo Zhao, Yizeng Han, Jiasheng Tang, Zhikai Li, Yibing Song, Kai Wang, Zhangyang Wang, Yang You: "A Stitch
-in Time Saves Nine: Small VLM is a Precise Guidance for Accelerating Large VLMs", CVPR 2025, arXiv 2412.03324.
-Read were the abstract, what others wrote of it, and the authors' code (NUS-HPC-AI-Lab/SGL).
+    A[j] = sum of A_l[h, t, j] of the small model over layers l, heads h, positions t of prompt and answer
+    S    = (S_conf + S_cons) / 2 of its answer, which is returned instead if S > threshold
 
-Theirs, pruning: with a[j, k][q, i] the attention of layer j, head k, text row q to image token i in the small
-model, a token's score is a plain sum over everything, rows of the prompt and of the answer alike,
-
-    A_i = sum_j sum_k sum_q a[j, k][q, i];      the later layers of the large model keep the highest.
-
-Theirs, leaving early: over the n tokens of the small model's greedy answer, the one that stops it among them,
-
-    S_conf = (prod_t p_t) ^ (1/n)               p_t as the small model found it, with the whole image
-    S_cons = prod_t p'_t                        p'_t read once more, with the top 5 % by its own scores alone
-    S      = (S_conf + S_cons) / 2              the small answer is returned where S > threshold.
-
-No threshold is published, and their code applies none: it runs both models and writes S down. `threshold`
-None never leaves early, and spares the second reading; 1 never leaves early either, but S can be read off.
-
-What cannot carry over: here image tokens share no softmax with text, so each layer, head and row has the same
-mass to give, where theirs counts a layer by how much it looks at the image. `layer_weight="gate"`, ours,
-weighs layers by |tanh| of their gates. The saving is keys and values alone: unless answers leave early, the
-small model's run is likely to cost more time than they save. 11B for 90B is the pair to think of; nobody has
-measured it.
-
-Ours: layers are cross-attention layers, so that their 0.4 of the layers is `full_layers` 3 of the 8 of 11B;
-each image has its own top tokens; each row of a batch ends by itself, and one without an image never leaves
-early; the small answer is greedy, whatever sampler the large model has. Rows count from the `<|image|>` token
-on, and class tokens rank like others. A `guide` that is the model itself is their oracle. Not built: scores
-of the prompt alone, of the answer alone or of some layers, and class tokens that are always kept.
+Zhao et al., "A Stitch in Time Saves Nine", CVPR 2025, arXiv 2412.03324. Here every layer has the same weight,
+because cross-attention always sums to 1; `layer_weight` is ours. No threshold is published.
+See docs/PAPERS.md.
 """
 from collections.abc import Callable
 from dataclasses import dataclass, replace

@@ -1,6 +1,6 @@
 """Every n-th image token, whatever the question: the second baseline of the Trimmed Llama paper.
 
-The paper keeps every other one; here any ratio, as evenly spaced as whole numbers allow.
+The paper keeps every other one; here any ratio, as evenly spaced as whole numbers allow. See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 

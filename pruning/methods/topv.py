@@ -1,42 +1,12 @@
 """TopV: keep the image tokens that give most to what an attention layer makes of the image.
 
-Cheng Yang, Yang Sui, Jinqi Xiao, Lingyi Huang, Yu Gong, Chendi Li, Jinghua Yan, Yu Bai, Ponnuswamy
-Sadayappan, Xia Hu, Bo Yuan: "TopV: Compatible Token Pruning with Inference Time Optimization for Fast and
-Low-Memory Multimodal Vision Language Model", CVPR 2025, arXiv 2503.18278.
+    cost[i, j] = alpha · |s_i - t_j|² + beta · (1 - exp(-|p_i - p_j|² / 2 sigma²)) + gamma · |p_i - centre|
+    importance[i] = sum over j of P[i, j], P the plan of optimal transport; every few others are put back
 
-The idea: an image token before a layer is a source, the same token after the layer's attention and the norm
-that follows is a target, and what each source gives to each target is a problem of optimal transport. The
-sources that give most are kept; of the dropped ones every few are put back, so that no region goes blank.
-
-    cost_ij = alpha · |s_i - t_j|² + beta · (1 - exp(-|p_i - p_j|² / 2 sigma²)) + gamma · |p_i - centre|
-    P       = `transport` of that, with entropy epsilon;  importance of i = sum over j of P_ij
-
-p is where a patch is in the image, in patches; each of the three terms is first stretched to 0 .. 1. No
-attention weights, no prompt and no second model are needed, and nothing is done after the encoder.
-
-The paper's: the pair of source and target, the three terms, three Sinkhorn iterations, putting back.
-
-Could not be carried over: they choose in layer 2 of the decoder, but images have no layers in this one. The
-last global layer of the vision encoder stands in for it: a block of the same build, and nothing of the
-question is lost, for in their models too the image comes before it. No other layer is offered.
-
-Ours: `keep` is what is left in the end, class tokens and those put back included, so that methods compare.
-Theirs is what is chosen: their half, with every fourth of the rest put back, is 0.625 here. Class tokens are
-no part of the transport and are kept, but where `keep` is very small never more than the patches: the last
-tiles' go first. Where putting back would leave no room to choose any (with every fourth: at a quarter and
-less; a little above it hardly any are chosen), nothing is put back: set a larger `stride` for both. Of equal
-patches the first win, row by row of the image. With "tile" each tile is a problem of its own with an equal
-share, what is over going to the first; the centre is the image's all the same. `sigma` is for 24 x 24
-patches and grows with the root of their number: 16.7 for a tile of 40 x 40.
-
-Unverified, for no code is published and we know the abstract, a figure's caption and what others write about
-it: all default values but the iterations, the squares, the stretching, the sum as importance, and what the
-transport has to satisfy. It cannot be that each source has to give a fixed amount and each target to get one
-("balanced"): the fixed amount would be the importance, whatever the cost, and all that ranks is how far three
-iterations are from it. "one_sided" fixes what targets get alone; "partial", our default, is halfway.
-
-It takes about six fp32 matrices of patches x patches at a time: 1 GB for the 6400 patches of four tiles, 60
-MB for the 1600 of one. Images are solved one after the other, for every prompt anew.
+Yang et al., "TopV", CVPR 2025, arXiv 2503.18278; known from its abstract and from notes. s and t are states
+before and after attention. Ours: the last global layer of the encoder in place of layer 2 of the decoder, and
+what the transport has to satisfy.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import Literal

@@ -1,17 +1,11 @@
-"""Trimmed Llama: keep what the heads of the first cross-attention layer look at.
+"""Trimmed Llama: keep what the heads of the first cross-attention layer attend to.
 
-Jewon Lee, Ki-Ung Song, Seungmin Yang, Donguk Lim, Jaeyeon Kim, Wooksu Shin, Bo-Kyeong Kim, Yong Jae Lee,
-Tae-Ho Kim: "Efficient LLaMA-3.2-Vision by Trimming Cross-attended Visual Features", arXiv 2504.00557.
+    p[h, j] = sum over query positions t of A[h, t, j]      kept: the union over heads h of the top keep · N
 
-The paper's: attention weights of the first cross-attention layer, summed over the prompt's rows; in each
-query head the k = K_ratio · N highest tokens; kept is the union over the heads, so that more is kept where
-heads look at different things. That layer itself reads everything in prefill; all later ones make their keys
-and values of the kept tokens alone, and nothing is chosen anew while decoding.
-
-Ours, where the paper is silent: rows that see no image do not count, nor do padding tiles; k is rounded half
-up; of several images, each has a choice of its own; after prefill the first layer's cache is trimmed too, as
-Figure 2 has it (`early_caches="full"` leaves it whole, as the paper's count of operations does);
-`per="kv_head"` averages over the query heads of a key/value head first; `budget` caps the union, best first.
+Lee et al., "Efficient LLaMA-3.2-Vision by Trimming Cross-attended Visual Features", arXiv 2504.00557. The
+first layer attends to all tokens in prefill; later layers make keys and values of the kept tokens only. Ours:
+the cache of the first layer is trimmed too, each image has its own choice, `per`, `budget`.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import Literal

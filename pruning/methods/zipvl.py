@@ -1,28 +1,11 @@
 """ZipVL: each layer keeps as many image tokens as it takes to hold a share tau of its attention.
 
-Yefei He, Feng Chen, Jing Liu, Wenqi Shao, Hong Zhou, Kaipeng Zhang, Bohan Zhuang: "ZipVL: Efficient Large
-Vision-Language Models with Dynamic Token Sparsification and KV Cache Compression", arXiv 2410.08584.
+    a[j] = sum over probe positions t of A[t, j]        p: the fewest tokens that hold tau · (sum of all a)
+    m[j] = a[j] / probe positions that see j            kept: the top p by m
 
-Peaked layers and easy inputs get by with fewer tokens than flat ones. Of a layer's attention A from its probe
-rows, the 64 latest and 64 random ones, or all where there are no more:
-
-    mass  a_j = sum over rows of A_j         p = the fewest tokens whose a_j, highest first, make tau * sum a
-    mean  m_j = a_j / rows that see j        kept: the p tokens with the highest m_j
-
-The paper's: these formulas, counting by a and choosing by m; tau 0.975; a layer already reads the prompt with
-what it keeps (`when="prefill"`); the rest is dropped, as in the second version of the paper. The first stored
-it in 2 bits: not built. How heads are reduced is not stated: here by the mean over all of them, or over those
-of a key/value head (`heads="kv_head"`), each of which then has a p of its own.
-
-What cannot carry over: image tokens have no queries here that could be left out, text does not compete with
-them, and their cache does not grow, so nothing is chosen while decoding. The values of dropped tokens are
-made all the same: here a layer makes keys and values together.
-
-Ours: `keep` takes the coords of tau. One tau for all layers of a prompt is found at which they keep so many
-tokens in all; where several stand right at it, those of the first layers win, so the number is exact. This
-needs the curves of all layers, so the cut is at the boundary then, as with `when="boundary"`. Several images
-compete, but the best token of each goes first. No figure is published for this model; where heads are
-diffuse, 0.975 may well keep most tokens: that is the method.
+He et al., "ZipVL", arXiv 2410.08584; no code is published. Ours: heads are reduced by their mean, and `keep`
+takes the place of tau, which is then found.
+See docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import Literal

@@ -142,7 +142,7 @@ def percent(*shares: float) -> list[str]:
 
 def test_the_table_of_methods_is_the_registry():
     _, *lines = rows_of(MEASURED, "method | paper")
-    expected = [[f"[{name}]({name}.py)", method.paper or "-", ", ".join(hooks(method))]
+    expected = [[f"[{name}](methods/{name}.py)", method.paper or "-", ", ".join(hooks(method))]
                 for name, method in METHODS.items() if method is not Pruner]
     assert [line[:3] for line in lines] == expected
 
