@@ -2,7 +2,7 @@
 
 `Meter` counts units down: a character costs 1, a step or an item of a list costs STEP. `add_payments`
 rewrites a parsed template: every round of a loop, every call of a macro and all output pay, and so do the
-expressions that jinja's environment cannot intercept: comparisons, `~`, slices, and lists that are written out.
+expressions that jinja's environment cannot intercept: comparisons, `~`, slices, and lists written out.
 The payments are filters whose names no template can spell. sandbox.py adds those of operators, calls, filters
 and tests.
 """

@@ -257,7 +257,8 @@ def test_template_may_stand_in_three_places(folder, config):
 def test_template_environment_is_that_of_transformers(folder, config):
     template = ("{{ bos_token }}\n{% for m in messages %}\n    {% if loop.index > 1 %}"
                 "{% break %}{% endif %}\n  a\n    {%- generation %}\n[{{ m | tojson }}]{% endgeneration %}\n"
-                "{{ [1, '<é>'] | tojson(indent=2) }}<|eot_id|>+{% endfor %}{{ messages[1].content }}{{ eos_token }}")
+                "{{ [1, '<é>'] | tojson(indent=2) }}<|eot_id|>+{% endfor %}"
+                "{{ messages[1].content }}{{ eos_token }}")
     turns = [user("<b> & 'é'"), user("x")]
     write(folder, chat_template__jinja=template,
           tokenizer_config__json={"eos_token": {"content": "<|eot_id|>"}})
