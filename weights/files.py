@@ -1,11 +1,13 @@
-"""How small files are read (regular files of bounded size) and all files written (whole or not at all)."""
+"""How small files are read (regular, of bounded size) and all files written (completely or not at all)."""
+import errno
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from weights.messages import named, one_line, reason
 
@@ -13,28 +15,58 @@ MOST_BYTES = 50_000_000         # of a file that is read into memory at once; to
 MOST_JSON = 10_000_000          # of other JSON files; parsed, they can take 50 times as much
 
 
-def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
-    """The content of a regular file of at most `most` bytes. Raises ValueError with one line.
+def unreadable(path: object, error: OSError) -> ValueError:
+    """The error to raise where the system does not let a file or folder be read."""
+    return ValueError(f"{named(path)}: cannot be read ({reason(error)}); make it readable or name another")
+
+
+def exists(path: Path) -> bool:
+    """Whether anything has this name, also a link that leads nowhere. Raises ValueError where it is unknown.
+
+    `Path.exists` is False for a link to itself and for a name in a folder without permission. These are not
+    absent: whoever is told so looks for the fault in the wrong place.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise unreadable(path, error) from None
+    except ValueError as error:                         # a NUL byte or half a surrogate pair in the name
+        raise ValueError(f"{named(path)}: not the name of a file ({one_line(error)})") from None
+    return True
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises ValueError with one line.
 
     A pipe or a device is refused before it is opened: reading one could wait forever or never end.
     """
-    path = Path(path)
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
             kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-            raise ValueError(f"{named(path)}: {kind}, not a file")
-        with path.open("rb") as file:
-            content = file.read(most + 1)
+            raise ValueError(f"{named(path)}: this is {kind}, not a file")
+        return path.open("rb")
     except OSError as error:
-        raise ValueError(f"{named(path)}: cannot be read ({reason(error)})") from None
+        raise unreadable(path, error) from None
+
+
+def read_bytes(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """The content of a regular file of at most `most` bytes. Raises ValueError with one line."""
+    path = Path(path)
+    with open_regular(path) as file:
+        try:
+            content = file.read(most + 1)
+        except OSError as error:
+            raise unreadable(path, error) from None
     if len(content) > most:
-        raise ValueError(f"{named(path)}: over {most / 1e6:.0f} MB, too large for what it should hold")
+        raise ValueError(f"{named(path)}: over {most / 1e6:.0f} MB, which no such file of a checkpoint has")
     return content
 
 
 def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
-    """The UTF-8 text of a file, like `read_bytes`."""
+    """The text of a UTF-8 file of at most `most` bytes. Raises ValueError with one line."""
     try:
         return read_bytes(path, most).decode()
     except UnicodeDecodeError:
@@ -42,12 +74,13 @@ def read_text(path: str | Path, most: int = MOST_BYTES) -> str:
 
 
 def read_json(path: str | Path, most: int = MOST_JSON) -> object:
-    """The value in a JSON file. Raises ValueError with one line."""
+    """The value in a JSON file of at most `most` bytes. Raises ValueError with one line."""
     content = read_bytes(path, most)
     try:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError, MemoryError) as error:
-        raise ValueError(f"{named(path)}: not readable as JSON ({one_line(error, 120)})") from None
+        raise ValueError(f"{named(path)}: not readable as JSON ({one_line(error, 120)}); "
+                         "correct it or download it again") from None
 
 
 @contextmanager
@@ -55,22 +88,30 @@ def replacing(path: str | Path) -> Iterator[Path]:
     """Gives a new temporary file beside `path`; when the block ends without an error, it replaces `path`.
 
     Whatever goes wrong (a full disk, an error, Ctrl-C), the old file stays as it was. The temporary name has
-    the same suffix as `path`, and no two writers share one. Raises OSError as `open` does.
+    the same suffix as `path`, and no two writers share one. The permissions are those of the old file, or of
+    any new file. Raises OSError as `open` does; also where `path` is a folder, a pipe or a device.
     """
-    path = Path(os.path.realpath(path))         # a symbolic link stays one
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem[:40]}.", suffix=path.suffix[:20], dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    path = Path(os.path.realpath(path))                 # a symbolic link stays one
+    mode = _mode_of_regular(path)
+    partial = path.with_name(f".{path.stem[:20]}.{secrets.token_hex(8)}{path.suffix[:20]}")
+    os.close(os.open(partial, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))     # the umask applies
     try:
-        os.chmod(partial, 0o666 & ~current_umask())
+        if mode is not None:
+            os.chmod(partial, mode)
         yield partial
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
 
-def current_umask() -> int:
-    """The permissions that new files do not get; it can only be read by setting it."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _mode_of_regular(path: Path) -> int | None:
+    """The permissions of a regular file; None where there is no file yet."""
+    try:
+        mode = os.stat(path).st_mode
+    except FileNotFoundError:
+        return None
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if not stat.S_ISREG(mode):
+        raise OSError(errno.EINVAL, "Not a regular file", str(path))
+    return stat.S_IMODE(mode)

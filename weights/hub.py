@@ -8,8 +8,10 @@ else. Whatever cannot be read (another format, another model, a quantized checkp
 its weights are downloaded, in one line that says what to do instead.
 """
 import errno
+import fnmatch
 import os
 import re
+import stat
 from pathlib import Path
 
 from huggingface_hub import constants, get_token, snapshot_download
@@ -23,16 +25,19 @@ from huggingface_hub.errors import (
 )
 
 from weights.config_file import read_config
+from weights.files import exists, unreadable
+from weights.messages import named, one_line, quoted, reason
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
 LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
 FILES = ["*.safetensors", "*.json", "*.jinja"]
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-WANTED = "the safetensors checkpoint in the official layout is wanted, as meta-llama has it on the hub"
+ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)      # how the system says that there is nothing
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+WANTED = "needed is a safetensors checkpoint in the official layout, as meta-llama has it on the hub"
 FOREIGN = (                                             # what a folder may hold instead
     ("*.gguf", "GGUF files"),
-    ("*.pth", "Meta's original .pth files"),
     ("original/*.pth", "Meta's original .pth files in original/"),
+    ("*.pth", "Meta's original .pth files"),
     ("adapter_config.json", "a LoRA adapter, to be merged into its base model first"),
     ("pytorch_model*.bin*", "PyTorch pickle files (pytorch_model.bin)"),
 )
@@ -45,34 +50,70 @@ def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
     is no such thing, the hub does not give it out, or it is not a checkpoint that can be read.
     """
     text = str(source)
-    folder = BUNDLED.get(text) or Path(os.path.expanduser(text))
-    if text in BUNDLED or os.path.isdir(text and folder):
+    folder = BUNDLED.get(text) or _local(text)
+    if folder is not None:
         if revision is not None:
-            raise ValueError(f"{text}: revision {revision!r} goes with a hub id, but this is a local folder")
-        _refuse_without_config(folder, text)
+            raise ValueError(f"{named(text)}: revision {quoted(revision)} goes with a hub id, but this is a "
+                             "local folder")
+        _refuse_unusable(folder, text)
         return folder
-    if os.path.exists(text and folder):                 # Path("") is the folder we are in
-        kind = {".gguf": " in the GGUF format", ".pth": " in Meta's original format"}.get(folder.suffix, "")
-        wanted = WANTED if kind else "pass the folder that holds config.json and model.safetensors"
-        raise ValueError(f"{text} is a file{kind}, not a folder: {wanted}")
     if isinstance(source, Path) or not HUB_ID.fullmatch(text):
-        raise ValueError(f"{text!r} is neither 'tiny', nor a folder here, nor a hub id like owner/name")
+        raise ValueError(f"{quoted(text)} is neither 'tiny', nor a folder here, nor a hub id like owner/name")
     folder = _download(text, revision, ["config.json"])
-    _refuse_without_config(folder, text)
+    _refuse_unusable(folder, text)
     read_config(folder)                                 # refuse a wrong model now, not after 20 GB of it
     return _download(text, revision, FILES)
 
 
 def foreign_format(folder: Path) -> str | None:
     """The name of another checkpoint format that the folder holds, or None."""
-    return next((name for pattern, name in FOREIGN if any(folder.glob(pattern))), None)
+    files = _files(folder) + [f"original/{name}" for name in _files(folder / "original")]
+    return next((words for pattern, words in FOREIGN if fnmatch.filter(files, pattern)), None)
 
 
-def _refuse_without_config(folder: Path, source: str):
-    if not (folder / "config.json").is_file():
-        foreign = foreign_format(folder)
-        raise ValueError(f"{source}: " + (f"it holds {foreign}; {WANTED}" if foreign else
-                         "no config.json there; a checkpoint is a folder of config.json and safetensors"))
+def _local(text: str) -> Path | None:
+    """The folder that `text` names on this machine, or None where nothing has this name."""
+    try:
+        name = os.path.expanduser(text)
+        os.lstat(name)                                  # a link that leads nowhere is there
+        mode = os.stat(name).st_mode
+    except OSError as error:
+        if error.errno in ABSENT and not os.path.islink(name):
+            return None
+        raise unreadable(text, error) from None
+    except ValueError:                                  # a NUL byte or half a surrogate pair: no such name
+        return None
+    folder = Path(name)
+    if not stat.S_ISDIR(mode):
+        kind = {".gguf": " in the GGUF format", ".pth": " in Meta's original format"}.get(folder.suffix, "")
+        wanted = WANTED if kind else "pass the folder that holds config.json and model.safetensors"
+        raise ValueError(f"{named(text)} is a file{kind}, not a folder: {wanted}")
+    return folder
+
+
+def _files(folder: Path) -> list[str]:
+    """The names in a folder; none where there is no such folder."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise unreadable(folder, error) from None
+
+
+def _refuse_unusable(folder: Path, source: str):
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{named(folder)}: the folder's path is not valid UTF-8, and the libraries that "
+                         "read weights need that: rename the folder") from None
+    if exists(folder / "config.json"):
+        return
+    foreign = foreign_format(folder)
+    if foreign is not None:
+        raise ValueError(f"{named(source)}: it holds {foreign}; {WANTED}")
+    raise ValueError(f"{named(source)}: no config.json there; a checkpoint is a folder of config.json and "
+                     "safetensors")
 
 
 def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
@@ -81,17 +122,18 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,
                                       ignore_patterns=["*/*"]))     # * matches '/' too: original/, onnx/, ...
     except Exception as error:                          # their classes differ between versions of the library
-        raise ValueError(f"{repo}: {_reason(error, repo, revision)}") from error
+        raise ValueError(f"{named(repo)}: {_remedy(error, repo, revision)}") from error
 
 
-def _reason(error: Exception, repo: str, revision: str | None) -> str:
-    """One line for an error of huggingface_hub; many of its classes inherit from each other: order counts."""
-    address = f"https://huggingface.co/{repo}"
+def _remedy(error: Exception, repo: str, revision: str | None) -> str:
+    """One line for an error of huggingface_hub. Many of its classes inherit from each other: order counts."""
+    address = f"https://huggingface.co/{named(repo)}"
     match error:
         case GatedRepoError():
             return f"the repository is gated: accept its licence at {address} and log in with `hf auth login`"
         case RevisionNotFoundError():
-            return f"it has no revision {revision!r}: choose a branch, tag or commit that {address} lists"
+            return (f"it has no revision {quoted(revision)}: choose a branch, tag or commit that {address} "
+                    "lists")
         case RepositoryNotFoundError():
             return ("no folder here and no repository on the hub has this name: check the spelling, "
                     "or log in with `hf auth login` if it is private")
@@ -100,8 +142,10 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str:
             return _refusal(reply.status_code)
         case HFValidationError():
             return "not a valid hub id: it should read 'owner/name'"
+        case LocalEntryNotFoundError() if (trouble := _cache_trouble(repo)) is not None:
+            return trouble
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
-            return ("not, or not wholly, in the local cache, and HF_HUB_OFFLINE forbids downloading it: "
+            return ("not, or not completely, in the local cache, and HF_HUB_OFFLINE forbids downloading it: "
                     "unset HF_HUB_OFFLINE, or pass a folder")
         case LocalEntryNotFoundError() | ConnectionError() | TimeoutError():
             return _no_network()
@@ -109,12 +153,30 @@ def _reason(error: Exception, repo: str, revision: str | None) -> str:
             return (f"no space left for the download in {constants.HF_HUB_CACHE}: free some, "
                     "or point HF_HOME at a larger disk")
         case OSError(filename=str()):
-            return f"{error.filename}: {error.strerror}: make it usable, or point HF_HOME at another folder"
+            return _unusable(error)
     # The HTTP library beneath is another one in every major version of huggingface_hub.
     if type(error).__module__.partition(".")[0] in ("httpx", "httpx2", "requests", "urllib3"):
         return _no_network()
-    what = " ".join(str(error).split())[:200]
+    what = one_line(error, 200)
     return f"the download failed ({type(error).__name__}: {what}); try again, or pass a folder"
+
+
+def _cache_trouble(repo: str) -> str | None:
+    """Why the cache cannot be read, where it is there: huggingface_hub takes an unreadable one for empty."""
+    cache = Path(constants.HF_HUB_CACHE)
+    home = cache / f"models--{repo.replace('/', '--')}"
+    for folder in cache, home, home / "refs", home / "snapshots":
+        try:
+            os.listdir(folder)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            return _unusable(error)
+    return None
+
+
+def _unusable(error: OSError) -> str:
+    return f"{named(error.filename)}: {reason(error)}: make it usable, or point HF_HOME at another folder"
 
 
 def _no_network() -> str:

@@ -8,7 +8,8 @@ used, and a write (fine-tuning) goes to a private copy of that page, never to th
 dtype the tensors are converted one by one, so that the extra memory is one tensor. A file must not be cut or
 overwritten in place while a model on the CPU uses it; replacing or deleting it is harmless.
 """
-import os
+import math
+import re
 from pathlib import Path
 
 import torch
@@ -18,12 +19,13 @@ from torch.overrides import TorchFunctionMode
 from model.config import Config
 from model.llama_vision import LlamaVision
 from weights.config_file import quantized, read_config
-from weights.files import read_json
+from weights.files import exists, read_json
 from weights.hub import WANTED, find_checkpoint, foreign_format
-from weights.messages import named, one_line
+from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, is_parameter, model_name, official_name, quantization_method
 from weights.safetensors_file import INDEX, SINGLE, STORED, Shard
 
+PLAIN_NAME = re.compile(r"[^/\\]+\.safetensors")
 DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
           "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64}
 
@@ -34,22 +36,21 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
 
     dtype None is the checkpoint's own; where it mixes several, the one that most weights have. Parameters
     require gradients as in any nn.Module. Raises ValueError with one line for whatever is wrong with the
-    arguments or the files.
+    arguments or the files, and where memory does not suffice.
     """
-    device, dtype = parse_device(device), parse_dtype(dtype)      # before a download that may take an hour
+    device = parse_device(device)                       # before a download that may take an hour
+    dtype = parse_dtype(dtype)
     folder = find_checkpoint(source, revision)
     config = read_config(folder)
     model = _without_weights(config, folder)
-    shards = _open_shards(folder)
-    found = _find_parameters(shards)
+    found = _find_parameters(_open_shards(folder))
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.text.tie_word_embeddings and HEAD not in found
     if tied:
         del wanted[HEAD]
     _check_names(folder, wanted, found)
-    own = _check_tensors(wanted, found)
-    dtype = dtype or own
-    state = {name: _read(shard, stored, device, dtype) for name, (shard, stored) in found.items()}
+    own_dtype = _check_tensors(wanted, found)
+    state = _read(found, device, own_dtype if dtype is None else dtype, folder)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
         state[HEAD] = state[EMBEDDING][:config.text.vocab_size]
     model.load_state_dict(state, assign=True)
@@ -74,19 +75,28 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(shard: Shard, stored: str, device: torch.device, dtype: torch.dtype) -> Tensor:
-    tensor = shard.view(stored)
-    if tensor.data_ptr() % tensor.element_size():       # an unpadded header: kernels may need alignment
-        tensor = tensor.clone()
-    return tensor.to(device, dtype)
+def _read(found: dict[str, tuple[Shard, str]], device: torch.device, dtype: torch.dtype,
+          folder: Path) -> dict[str, Tensor]:
+    """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each."""
+    state = {}
+    try:
+        for name, (shard, stored) in found.items():
+            tensor = shard.view(stored)
+            if tensor.data_ptr() % tensor.element_size():       # unpadded header; kernels may need alignment
+                tensor = tensor.clone()
+            state[name] = tensor.to(device, dtype)
+    except (RuntimeError, TypeError, MemoryError) as error:     # most often: not enough memory
+        raise ValueError(f"{named(folder)}: the weights cannot be put on {device} as {dtype} "
+                         f"({one_line(error, 200)}); choose a smaller dtype or another device") from None
+    return state
 
 
 def parse_device(device: str | torch.device) -> torch.device:
     """A device that is there. Raises ValueError with one line."""
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError):
-        raise ValueError(f"unknown device {device!r}: use cpu, cuda, cuda:N or mps") from None
+    except (RuntimeError, TypeError, ValueError):
+        raise ValueError(f"unknown device {quoted(device)}: use cpu, cuda, cuda:N or mps") from None
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if not count:
@@ -105,41 +115,43 @@ def parse_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     if dtype is None or dtype in DTYPES.values():
         return dtype
     if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise ValueError(f"unknown dtype {str(dtype)!r}: use one of {', '.join(DTYPES)}")
+        raise ValueError(f"unknown dtype {quoted(dtype)}: use one of {', '.join(DTYPES)}")
     return DTYPES[dtype]
 
 
 def _open_shards(folder: Path) -> list[Shard]:
     """Every file of the checkpoint, memory-mapped; headers and sizes are valid, and the index agrees."""
-    if (folder / SINGLE).is_file():
+    if exists(folder / SINGLE):
         return [Shard(folder / SINGLE)]
-    if not (folder / INDEX).is_file():
+    if not exists(folder / INDEX):
         foreign = foreign_format(folder)
-        raise ValueError(f"{folder}: no {SINGLE} and no {INDEX}; "
-                         + (f"it holds {foreign}; {WANTED}" if foreign else "download the checkpoint again"))
+        remedy = "download the checkpoint again" if foreign is None else f"it holds {foreign}; {WANTED}"
+        raise ValueError(f"{named(folder)}: no {SINGLE} and no {INDEX}; {remedy}")
     weight_map = _read_index(folder / INDEX)
-    missing = [file for file in sorted(set(weight_map.values())) if not (folder / file).is_file()]
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not exists(folder / file)]
     if missing:
-        raise ValueError(f"{folder}: missing files ({len(missing)}) of those that {INDEX} names: "
+        raise ValueError(f"{named(folder)}: missing files ({len(missing)}) of those that {INDEX} names: "
                          f"{_some(missing)}; download them again")
-    shards = {file: Shard(folder / file) for file in sorted(set(weight_map.values()))}
+    shards = {file: Shard(folder / file) for file in files}
     for name, file in weight_map.items():
         if name not in shards[file].entries:
-            raise ValueError(f"{folder / INDEX}: it says that {name!r} is in {file}, which does not hold it; "
-                             "files of two checkpoints seem to be mixed")
+            raise ValueError(f"{named(folder / INDEX)}: it says that {quoted(name)} is in {quoted(file)}, "
+                             "which does not hold it; files of two checkpoints seem to be mixed")
     return list(shards.values())
 
 
 def _read_index(path: Path) -> dict[str, str]:
     """The index's map from tensor to file; every file is a plain name: no index leads out of its folder."""
-    try:
-        weight_map = read_json(path)["weight_map"]
-        files = {str(file) for file in weight_map.values()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise ValueError(f"{path}: not an index (JSON with a weight_map); download it again") from None
-    for file in sorted(files):
-        if file != os.path.basename(file) or "\\" in file or not file.endswith(".safetensors"):
-            raise ValueError(f"{path}: it names {file!r}, which is not a safetensors file in the same folder")
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{named(path)}: not an index: it needs a weight_map from tensors to files; "
+                         "download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):
+            raise ValueError(f"{named(path)}: it names {quoted(file)}, which is not a safetensors file in "
+                             "the same folder; download it again")
     return weight_map
 
 
@@ -150,14 +162,16 @@ def _find_parameters(shards: list[Shard]) -> dict[str, tuple[Shard, str]]:
         for stored in shard.entries:
             method = quantization_method(stored)
             if method is not None:
-                raise ValueError(f"{shard.path}: tensor {stored!r} shows that {quantized(method)}")
+                raise ValueError(f"{named(shard.path)}: tensor {quoted(stored)} shows that "
+                                 f"{quantized(method)}")
             if not is_parameter(stored):
                 continue
             name = model_name(stored)
             if name in found:
                 other, spelling = found[name]
-                raise ValueError(f"{shard.path}: tensor {stored!r} occurs twice, also as {spelling!r} in "
-                                 f"{other.path.name}; download the checkpoint again")
+                raise ValueError(f"{named(shard.path)}: tensor {quoted(stored)} occurs twice, also as "
+                                 f"{quoted(spelling)} in {named(other.path.name)}; download the checkpoint "
+                                 "again")
             found[name] = shard, stored
     return found
 
@@ -168,24 +182,26 @@ def _check_names(folder: Path, wanted: dict[str, list[int]], found: dict[str, tu
     parts = [f"{kind} tensors ({len(names)}): {_some(names)}"
              for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
     if parts:
-        raise ValueError(f"{folder}: {'; '.join(parts)}; config.json and weights do not belong together, "
-                         "or the download is incomplete")
+        raise ValueError(f"{named(folder)}: {'; '.join(parts)}; config.json and weights do not belong "
+                         "together, or the download is incomplete")
 
 
 def _check_tensors(wanted: dict[str, list[int]], found: dict[str, tuple[Shard, str]]) -> torch.dtype:
     """Shapes and dtypes, from the headers; the dtype of most weights."""
     weights = dict.fromkeys(STORED.values(), 0)
     for name, (shard, stored) in found.items():
-        kind, shape = shard.entries[stored]["dtype"], shard.entries[stored]["shape"]
-        if kind not in STORED:
-            raise ValueError(f"{shard.path}: tensor {stored!r} has the dtype {kind}, not one of "
-                             f"{', '.join(STORED)}; use the bf16 checkpoint")
-        if shape != wanted[name]:
-            raise ValueError(f"{shard.path}: tensor {stored!r} has the shape {shape}, where config.json asks "
-                             f"for {wanted[name]}")
-        weights[STORED[kind]] += torch.Size(shape).numel()
+        entry = shard.entries[stored]
+        if entry["dtype"] not in STORED:
+            raise ValueError(f"{named(shard.path)}: tensor {quoted(stored)} has the dtype "
+                             f"{one_line(entry['dtype'], 20)}, not one of {', '.join(STORED)}; use the bf16 "
+                             "checkpoint")
+        if entry["shape"] != wanted[name]:
+            raise ValueError(f"{named(shard.path)}: tensor {quoted(stored)} has the shape "
+                             f"{quoted(entry['shape'])}, where config.json asks for {wanted[name]}; use the "
+                             "config.json of these weights")
+        weights[STORED[entry["dtype"]]] += math.prod(wanted[name])
     return max(weights, key=weights.get)
 
 
 def _some(names: list[str]) -> str:
-    return ", ".join(map(repr, names[:3])) + (", ..." if len(names) > 3 else "")
+    return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")

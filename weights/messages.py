@@ -8,7 +8,7 @@ def one_line(words: object, most: int = 300) -> str:
     return text if len(text) <= most else text[:most - 1] + "…"
 
 
-def quoted(value: object, most: int = 80) -> str:
+def quoted(value: object, most: int = 120) -> str:
     """A value as the user could have written it, cut where it is long: for "X is ..., but must be ...".
 
     Neither a number of a million digits nor a nested list can make it fail.

@@ -19,8 +19,7 @@ QUANTIZED = (                                   # how names end where weights ar
 
 def model_name(stored: str) -> str:
     """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either)."""
-    while stored.startswith("model."):
-        stored = stored.removeprefix("model.")
+    stored = re.sub(r"^(model\.)+", "", stored)
     stored = re.sub(r"^language_model\.model\.", "language_model.", stored)
     return re.sub(r"^language_model\.lm_head\.", "lm_head.", stored)
 

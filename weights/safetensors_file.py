@@ -13,12 +13,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights.files import replacing
-from weights.messages import named, one_line, reason
+from weights.files import open_regular, replacing, unreadable
+from weights.messages import named, one_line, quoted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-MAX_HEADER = 100_000_000                                # bytes; the format's own limit
+MAX_HEADER = 10_000_000             # bytes; that of the 90B, in one file, would have 200 kB
+AGAIN = "download the file again"
 
 
 class Shard:
@@ -29,13 +30,19 @@ class Shard:
 
     def __init__(self, path: Path):
         self.path = path
-        self.entries, self.start = _header(path)
+        self.entries, self.start, size = _header(path)
         try:
-            safe_open(path, "pt")                       # checks the rest: offsets, sizes, dtypes, no gaps
-            self.storage = torch.UntypedStorage.from_file(str(path), False, path.stat().st_size)
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise ValueError(f"{named(path)}: cannot be read ({one_line(error)}); "
-                             "download the file again") from None
+            with safe_open(path, "pt"):                 # checks the rest: offsets, sizes, dtypes, no gaps
+                pass
+            self.storage = torch.UntypedStorage.from_file(str(path), False, size)
+        except SafetensorError as error:
+            raise ValueError(f"{named(path)}: not a good safetensors file ({one_line(error)}); "
+                             f"{AGAIN}") from None
+        except OSError as error:
+            raise unreadable(path, error) from None
+        except RuntimeError as error:                   # no address space, or a file that shrinks
+            raise ValueError(f"{named(path)}: cannot be mapped into memory ({one_line(error)}); free memory, "
+                             "and let no program write to the file") from None
 
     def view(self, name: str) -> Tensor:
         """A tensor that is the mapped file. (safe_open's reads a byte of each: gigabytes, with readahead.)"""
@@ -45,36 +52,57 @@ class Shard:
         return flat.view(entry["shape"])
 
 
-def _header(path: Path) -> tuple[dict[str, dict], int]:
-    """What a safetensors file says it holds, and where its data start; ValueError where it is damaged."""
-    try:
-        with path.open("rb") as file:
+def _header(path: Path) -> tuple[dict[str, dict], int, int]:
+    """What a file says it holds, where its data start, and its size in bytes; ValueError where damaged."""
+    with open_regular(path) as file:
+        try:
             prefix = file.read(8)
             length = int.from_bytes(prefix, "little")
             text = file.read(min(length, MAX_HEADER))
             size = file.seek(0, os.SEEK_END)
-    except OSError as error:
-        raise ValueError(f"{named(path)}: cannot be read ({reason(error)})") from None
+        except OSError as error:
+            raise unreadable(path, error) from None
+    if size == 0:
+        raise ValueError(f"{named(path)}: the file is empty; {AGAIN}")
+    if prefix == b"version ":
+        raise ValueError(f"{named(path)}: a git-lfs pointer instead of the weights; `git lfs pull` "
+                         "fetches them")
+    if len(text) < length <= MAX_HEADER:
+        raise ValueError(f"{named(path)}: truncated within its header; {AGAIN}")
+    entries, end = _parse_header(text)
+    if entries is None or length > MAX_HEADER:
+        raise ValueError(f"{named(path)}: not a safetensors file, or its header is damaged; {AGAIN}")
+    needed = 8 + length + end
+    if size < needed:
+        raise ValueError(f"{named(path)}: truncated: {size:,} of {needed:,} bytes are there; {AGAIN}")
+    return entries, 8 + length, size
+
+
+def _parse_header(text: bytes) -> tuple[dict[str, dict] | None, int]:
+    """The entries of the tensors, None where they are damaged, and where the last tensor ends."""
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
-        needed = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-        damage = size < needed and f"truncated: {size:,} of {needed:,} bytes are there"
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError):
-        cut = size < 8 + length < MAX_HEADER
-        damage = "truncated within its header" if cut else "not a safetensors file, or its header is damaged"
-    if size == 0:
-        damage = "the file is empty"
-    if prefix == b"version ":
-        damage = "a git-lfs pointer instead of the weights (`git lfs pull` fetches them)"
-    if damage:
-        raise ValueError(f"{named(path)}: {damage}; download the file again")
-    return entries, 8 + length
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError):
+        return None, 0
+    if any(type(end) is not int or not 0 <= end < 2 ** 62 for end in ends):
+        return None, 0
+    return entries, max(ends, default=0)
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]):
-    """A safetensors file, written tensor by tensor; safetensors' own save_file would need numpy."""
-    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))   # so they are aligned
+    """A safetensors file, written tensor by tensor; safetensors' own save_file would need numpy.
+
+    Raises ValueError where a tensor has no values (on the meta device) or a dtype that is not a float, and
+    OSError where the file cannot be written; the old file then stays as it was.
+    """
     codes = {dtype: code for code, dtype in STORED.items()}
+    for name, tensor in tensors.items():
+        if tensor.is_meta:
+            raise ValueError(f"tensor {quoted(name)} is on the meta device: it has no values to write")
+        if tensor.dtype not in codes:
+            raise ValueError(f"tensor {quoted(name)} has the dtype {tensor.dtype}, not one of {list(codes)}")
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))   # so they are aligned
     header, end = {"__metadata__": {"format": "pt"}}, 0             # transformers asks for the metadata
     for name, tensor in tensors.items():
         place = [end, end + tensor.nbytes]

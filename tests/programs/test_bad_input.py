@@ -308,7 +308,7 @@ WEIGHT_FILES = [
     ("quantized", tensor(NORM + ".absmax", torch.ones(2)), "bitsandbytes 4-bit", "bf16 checkpoint"),
     ("missing shard", weights(None, index(*SHARDS), (SHARDS[0], b"")), "missing files (1)", SHARDS[1]),
     ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "download"),
-    ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not an index"),
+    ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not readable as JSON"),
     ("index leads away", weights(None, index("../x.safetensors")), "'../x.safetensors'", "same folder"),
 ]
 

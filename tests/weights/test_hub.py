@@ -125,7 +125,7 @@ def test_offline_the_cache_is_enough(tmp_path):
                           capture_output=True, text=True)           # the first import reads the environment
     cached, refused = done.stdout.splitlines()
     assert cached == str(snapshot)
-    assert refused.startswith("ValueError: owner/name: not, or not wholly, in the local cache")
+    assert refused.startswith("ValueError: owner/name: not, or not completely, in the local cache")
     assert "unset HF_HUB_OFFLINE" in refused
 
 
