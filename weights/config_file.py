@@ -103,7 +103,9 @@ def _text_keys(section: dict) -> dict:
     rope_scaling = _section(section, "rope_scaling")
     section["rope_theta"] = _first(rope_parameters.get("rope_theta"), section.get("rope_theta"))
     rope = rope_parameters or rope_scaling
-    kind = _first(rope.get("rope_type"), rope.get("type"), "default")
+    kind = _first(rope.get("rope_type"), rope.get("type"), "default" if rope.get("factor") is None else None)
+    if kind is None:
+        raise ValueError("rope_scaling has a factor but no rope_type; Llama-3.2-Vision uses 'llama3'")
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type {quoted(kind)} is not supported; Llama-3.2-Vision uses 'llama3'")
     section["rope_scaling"] = _build(RopeScaling, rope) if kind == "llama3" else None
@@ -195,6 +197,8 @@ def _check_vision(vision: VisionConfig):
     _check_layers("intermediate_layers_indices", vision.intermediate_layers_indices, vision.num_hidden_layers)
     if not vision.intermediate_layers_indices:
         raise ValueError("intermediate_layers_indices is empty, but the projector reads at least one layer")
+    if vision.num_channels != 3:
+        raise ValueError(f"vision_config: num_channels is {vision.num_channels}, but images have 3 colours")
     if vision.image_size % vision.patch_size:
         raise ValueError(f"vision_config: image_size {vision.image_size} is no multiple of patch_size "
                          f"{vision.patch_size}")
@@ -206,6 +210,8 @@ def _check_vision(vision: VisionConfig):
 def _check_text(text: TextConfig):
     _check_heads("text_config", text.hidden_size, text.num_attention_heads)
     _check_layers("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers)
+    if not text.cross_attention_layers:
+        raise ValueError("cross_attention_layers is empty, so no layer would see the image")
     if text.head_dim % 2:
         raise ValueError(f"text_config: rotary embedding needs an even head width, not {text.head_dim}")
     if text.num_attention_heads % text.num_key_value_heads:

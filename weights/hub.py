@@ -128,6 +128,7 @@ def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
 def _remedy(error: Exception, repo: str, revision: str | None) -> str:
     """One line for an error of huggingface_hub. Many of its classes inherit from each other: order counts."""
     address = f"https://huggingface.co/{named(repo)}"
+    trouble = _cache_trouble(repo)
     match error:
         case GatedRepoError():
             return f"the repository is gated: accept its licence at {address} and log in with `hf auth login`"
@@ -142,7 +143,7 @@ def _remedy(error: Exception, repo: str, revision: str | None) -> str:
             return _refusal(reply.status_code)
         case HFValidationError():
             return "not a valid hub id: it should read 'owner/name'"
-        case LocalEntryNotFoundError() if (trouble := _cache_trouble(repo)) is not None:
+        case LocalEntryNotFoundError() | RuntimeError() if trouble is not None:      # RuntimeError: a loop
             return trouble
         case LocalEntryNotFoundError() if constants.HF_HUB_OFFLINE:
             return ("not, or not completely, in the local cache, and HF_HUB_OFFLINE forbids downloading it: "
@@ -150,7 +151,7 @@ def _remedy(error: Exception, repo: str, revision: str | None) -> str:
         case LocalEntryNotFoundError() | ConnectionError() | TimeoutError():
             return _no_network()
         case OSError(errno=errno.ENOSPC):
-            return (f"no space left for the download in {constants.HF_HUB_CACHE}: free some, "
+            return (f"no space left for the download in {named(constants.HF_HUB_CACHE)}: free some, "
                     "or point HF_HOME at a larger disk")
         case OSError(filename=str()):
             return _unusable(error)

@@ -40,7 +40,7 @@ class Shard:
                              f"{AGAIN}") from None
         except OSError as error:
             raise unreadable(path, error) from None
-        except RuntimeError as error:                   # no address space, or a file that shrinks
+        except (RuntimeError, MemoryError) as error:    # no address space, or a file that shrinks
             raise ValueError(f"{named(path)}: cannot be mapped into memory ({one_line(error)}); free memory, "
                              "and let no program write to the file") from None
 
