@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 
-from model.config import Config, RopeScaling, TextConfig, VisionConfig, padding_id
+from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.layers import rotary_frequencies
 from weights.config_file import config_from_dict, read_config
 from weights.messages import quoted
@@ -170,12 +170,3 @@ def test_values_at_the_ends_of_their_ranges_give_finite_angles():
                 config = config_from_dict(SMALL | {"text_config": text}).text
                 frequencies = rotary_frequencies(config, torch.device("cpu"))
                 assert frequencies.isfinite().all() and (frequencies > 0).all()
-
-
-def test_padding_is_never_the_image_token():
-    """Whatever pad_token_id says."""
-    for image_token, wanted in (60, 0), (0, 1), (1, 0):
-        for pad in -1, 700, None, image_token, LONG, "x":
-            text = SMALL["text_config"] | {"pad_token_id": pad}
-            config = config_from_dict(SMALL | {"text_config": text, "image_token_index": image_token})
-            assert padding_id(config) == wanted
