@@ -30,7 +30,7 @@ from benchmarks.peer import Peer, import_transformers
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
 from cli import Parser, parse_pruner, parse_pruners, whole_number
-from evaluation.results import check_plot
+from evaluation.plot import check_plot
 from model.llama_vision import check_length
 from program import say
 from pruning import Pruner, load

@@ -16,7 +16,7 @@ from model.answer import Answer, EncodedImages
 from program import MOST, fail, is_in_a_pruner_of_the_user, say, write
 from pruning import METHODS, Pruner, find, hooks, load, options
 from weights.files import replacing
-from weights.messages import one_line, quoted
+from weights.messages import named, one_line, quoted, reason
 from weights.tokenizer import messages
 
 LARGEST = 2 ** 63           # whole numbers of this size and more fit nowhere
@@ -55,14 +55,17 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
     """Raise ValueError for a file that could not be written, before hours of work; None is no file."""
     if path is None:
         return
-    name = f"{option} {quoted(str(path))}"
+    name = f"{option} {named(path)}"
     if suffixes and path.suffix.lower() not in suffixes:
         raise ValueError(f"{name}: the name must end in {', '.join(suffixes)}")
-    folder = path.resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"{name}: there is no folder {quoted(str(path.parent))}; create it first")
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{name}: this is not a file; choose another name")
+    try:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{name}: this is not a file; choose another name")
+        folder = path.resolve().parent
+        if not folder.is_dir():
+            raise ValueError(f"{name}: there is no folder {named(path.parent)}; create it first")
+    except OSError as error:
+        raise ValueError(f"{name}: {reason(error)}; choose another name") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: nothing can be written in this folder; choose another one")
 
@@ -74,8 +77,7 @@ def writing(option: str, path: Path) -> Iterator[Path]:
         with replacing(path) as partial:
             yield partial
     except OSError as error:
-        reason = error.strerror or error
-        raise ValueError(f"{option} {quoted(str(path))}: cannot be written: {reason}") from None
+        raise ValueError(f"{option} {named(path)}: cannot be written: {reason(error)}") from None
 
 
 # ----- --prune, --keep and --set

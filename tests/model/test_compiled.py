@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
-from evaluate import exam
+from evaluation.exam import make_exam
 from generate import Assistant, EncodedImages, generate
 from model.cache import BUCKET, Cache
 from model.compiled import Compiled, WrittenOut
@@ -39,7 +39,7 @@ def compiled() -> Assistant:
 
 @pytest.fixture(scope="module")
 def scenes(plain) -> list[tuple[EncodedImages, list[list[dict]]]]:
-    papers = exam(3 * IMAGES)
+    papers = make_exam(3 * IMAGES)
     return [(plain.encode_images([draw(scene)], vision=True), [messages(question.text, 1) for question in questions])
             for scene, questions in papers]
 

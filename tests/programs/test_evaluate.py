@@ -11,7 +11,11 @@ from PIL import Image
 
 import evaluate
 import generate
-from evaluation.results import Score, Store, full_score, paired, plot
+from evaluation.exam import make_exam
+from evaluation.layers import close_gates, cross_layers, gates
+from evaluation.plot import plot
+from evaluation.scoring import Score, full_score, paired_bootstrap
+from evaluation.store import Store
 from model.image_tokens import ImageTokens
 from pruning import METHODS, Pruner, load
 from scenes.draw import RATIOS, split_of
@@ -66,23 +70,23 @@ def timeless(figures):
 
 
 def test_exam_is_balanced_held_out_and_the_same_every_time():
-    papers = evaluate.exam(450)
-    assert papers == evaluate.exam(450)
-    assert sum(len(questions) for _, questions in papers) == 450
-    asked = Counter(question.kind for _, questions in papers for question in questions)
+    exam = make_exam(450)
+    assert exam == make_exam(450)
+    assert sum(len(questions) for _, questions in exam) == 450
+    asked = Counter(question.kind for _, questions in exam for question in questions)
     assert set(asked) == set(KINDS) and max(asked.values()) - min(asked.values()) <= 2
-    ratios = Counter((scene.rows, scene.columns) for scene, _ in papers)
+    ratios = Counter((scene.rows, scene.columns) for scene, _ in exam)
     assert set(ratios) == set(RATIOS) and max(ratios.values()) - min(ratios.values()) <= 1
-    assert {split_of(scene) for scene, _ in papers} == {"test"}
+    assert {split_of(scene) for scene, _ in exam} == {"test"}
 
 
 def test_a_longer_exam_begins_with_the_shorter():
-    assert evaluate.exam(60)[:19] == evaluate.exam(57)[:19]
+    assert make_exam(60)[:19] == make_exam(57)[:19]
 
 
 def test_bundled_checkpoint_sees(assistant):
-    papers = evaluate.exam(180)
-    score = full_score(papers, evaluate.evaluate(assistant, papers))
+    exam = make_exam(180)
+    score = full_score(exam, evaluate.evaluate(assistant, exam))
     assert score.asked["all"] == 180
     assert score.mean() > 0.9
 
@@ -91,19 +95,19 @@ def test_score_counts_by_kind_and_ratio():
     score = Score(Counter({"colour": 1, "where": 2}), Counter({"colour": 2, "where": 2}))
     assert score.share("colour") == 0.5 and score.mean() == 0.75
     assert score.shares(["colour", (2, 1)]) == {"colour": 0.5, "2x1": None}
-    papers = evaluate.exam(5)
-    score = Score.of(papers, [[True, False, True], [True, True]])
+    exam = make_exam(5)
+    score = Score.of(exam, [[True, False, True], [True, True]])
     assert score.share("all") == 0.8 and score.share(RATIOS[0]) == 2 / 3 and score.share(RATIOS[1]) == 1
 
 
 def test_closed_layer_passes_everything_on(assistant):
     model = generate.Assistant("tiny").model
-    evaluate.close(model, 0)
-    layer = evaluate.cross_layers(model)[0]
+    close_gates(model, 0)
+    layer = cross_layers(model)[0]
     x = torch.randn(1, 3, model.config.text.hidden_size, dtype=model.lm_head.weight.dtype)
     kv = layer.cross_attn.keys_values(ImageTokens(x, torch.zeros(1, 3, 4)))
     assert torch.equal(layer(x, layer.queries(x), kv, None, None), x)
-    assert evaluate.gates(model)[0] == (0, 0) and evaluate.gates(assistant.model)[0] != (0, 0)
+    assert gates(model)[0] == (0, 0) and gates(assistant.model)[0] != (0, 0)
 
 
 def test_command_prints_and_writes_the_figures(run, tmp_path):
@@ -127,8 +131,8 @@ def test_rows_of_a_sweep(sweep):
     assert [[row["method"], row["keep"]] for row in rows] == ROWS
     assert [row["options"] for row in rows] == [{}, {"seed": 3}, {"seed": 3}, {}, {}]
     assert all(set(row) == {"method", "keep", "options", "kept", "accuracy", "low", "high",
-                            "accuracy_by_kind", "kept_by_kind", "image_kv_bytes", "image_kv_stored", "prefill_ms", "decode_ms",
-                            "right", "wrong_yes", "early"}
+                            "accuracy_by_kind", "kept_by_kind", "image_kv_bytes", "image_kv_stored",
+                            "prefill_ms", "decode_ms", "right", "wrong_yes", "early"}
                for row in rows)
     for row in rows:
         assert row["accuracy"] == row["right"].count("1") / 12 and row["low"] <= row["high"]
@@ -145,9 +149,9 @@ def test_rows_of_a_sweep(sweep):
 
 def test_image_bytes_are_those_of_one_question(sweep, assistant):
     full = json.loads((sweep / "out.json").read_text())["rows"][0]
-    papers = evaluate.exam(12)
+    exam = make_exam(12)
     expected = [assistant.model.kv_bytes(1, [(scene.rows, scene.columns)])["image"] * len(questions)
-                for scene, questions in papers]
+                for scene, questions in exam]
     assert full["image_kv_bytes"] == sum(expected) / 12
 
 
@@ -200,13 +204,13 @@ def test_only_shrunk_images_are_encoded_again_and_steps_are_counted(assistant, m
 
     for owner, name in (assistant, "encode_images"), (assistant, "decode"):
         monkeypatch.setattr(owner, name, partial(counted, name, getattr(owner, name)))
-    scene, questions = evaluate.exam(9)[2]
+    scene, questions = make_exam(9)[2]
     pruners = [Pruner(), load("random", keep=20), load("downsample", keep=0.5), load("downsample", keep=1.0)]
     record = evaluate.examine(assistant, scene, questions, pruners, compare_layers=False)
     assert calls == {"encode_images": 2, "decode": sum(row["steps"] for row in record["rows"][:3])}
     assert record["rows"][3] is record["rows"][0]                       # keeps all: not asked again
     assert record["rows"][0]["kept"] == record["rows"][3]["kept"] == [1] * len(questions)
-    assert record["alike"] is None
+    assert record["layer_similarity"] is None
 
 
 def test_every_method_at_once():
@@ -218,8 +222,8 @@ def test_every_method_at_once():
 def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
     monkeypatch.setattr("weights.tokenizer.ChatTokenizer.decode", lambda *_: "yes")
     out = run("--questions", 12, "--kinds", "exists", "--json", tmp_path / "out.json").out
-    papers = evaluate.exam(12, kinds=["exists"])
-    answers = Counter(question.answer for _, questions in papers for question in questions)
+    exam = make_exam(12, kinds=["exists"])
+    answers = Counter(question.answer for _, questions in exam for question in questions)
     made = json.loads((tmp_path / "out.json").read_text())
     assert answers.total() == 12 and set(answers) == {"yes", "no"}
     assert made["accuracy"] == answers["yes"] / 12 and made["rows"][0]["wrong_yes"] == 1
@@ -227,8 +231,8 @@ def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
 
 
 def test_blurred_images_are_harder(assistant):
-    papers = evaluate.exam(12, kinds=["character"])
-    sharp, blurred = (evaluate.evaluate(assistant, papers, blur=blur) for blur in (0, 8))
+    exam = make_exam(12, kinds=["character"])
+    sharp, blurred = (evaluate.evaluate(assistant, exam, blur=blur) for blur in (0, 8))
     right = [sum(sum(record["rows"][0]["right"]) for record in records) for records in (sharp, blurred)]
     assert right[0] >= 10 and right[1] <= 6
 
@@ -253,25 +257,25 @@ def test_methods_of_ones_own(run, tmp_path):
 
 def test_paired_bootstrap_of_known_cases():
     right = ["110", "01", "111", "0"]
-    assert paired(right, right) == (0, 0, 0)
-    assert paired([[True] * 3, [True]], [[False] * 3, [False]]) == (1, 1, 1)
-    assert paired(["0"] * 5, ["1"] * 5) == (-1, -1, -1)
-    half = paired(["1"] * 50 + ["0"] * 50, ["0"] * 100)             # binomial: 0.5 +- 1.96 * 0.05
+    assert paired_bootstrap(right, right) == (0, 0, 0)
+    assert paired_bootstrap([[True] * 3, [True]], [[False] * 3, [False]]) == (1, 1, 1)
+    assert paired_bootstrap(["0"] * 5, ["1"] * 5) == (-1, -1, -1)
+    half = paired_bootstrap(["1"] * 50 + ["0"] * 50, ["0"] * 100)             # binomial: 0.5 +- 1.96 * 0.05
     assert half == pytest.approx((0.5, 0.402, 0.598), abs=0.02)
-    assert half == paired(["1"] * 50 + ["0"] * 50, ["0"] * 100)
+    assert half == paired_bootstrap(["1"] * 50 + ["0"] * 50, ["0"] * 100)
 
 
 def test_paired_bootstrap_draws_images_not_questions():
     """Two images, right throughout and wrong throughout: a quarter of the draws has only the one."""
-    assert paired(["1" * 30, "0" * 30], ["0" * 30, "0" * 30]) == (0.5, 0, 1)
+    assert paired_bootstrap(["1" * 30, "0" * 30], ["0" * 30, "0" * 30]) == (0.5, 0, 1)
 
 
 def test_only_the_same_questions_are_compared():
     for other in ["11"], ["1", "11"], []:
         with pytest.raises(ValueError, match="same questions"):
-            paired(["11", "1"], other)
+            paired_bootstrap(["11", "1"], other)
     with pytest.raises(ValueError, match="same questions"):
-        paired([], [])
+        paired_bootstrap([], [])
 
 
 # ----- stopping and going on
@@ -290,7 +294,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, run, monkeypatch, tmp_path)
     with pytest.raises(SystemExit) as stop:
         run(*SWEEP, "--json", out)
     assert stop.value.code == 130 and not out.exists()
-    assert part.read_bytes().count(b"\n") == 3
+    assert part.read_bytes().count(b'{"number": ') == 2
     with open(part, "ab") as file:
         file.write(b'{"rows": [{"right": [tr')                               # killed while it wrote
 
@@ -300,7 +304,7 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, run, monkeypatch, tmp_path)
 
     monkeypatch.setattr(evaluate, "examine", counted)
     run(*SWEEP, "--json", out)
-    assert asked == [scene for scene, _ in evaluate.exam(12)]
+    assert asked == [scene for scene, _ in make_exam(12)]
     whole = json.loads((sweep / "out.json").read_text())
     assert timeless(json.loads(out.read_text())) == timeless(whole)
     assert list(tmp_path.iterdir()) == [out]
@@ -308,7 +312,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, run, monkeypatch, tmp_path)
 
 def test_partial_results_of_another_run_are_refused(run, capsys, monkeypatch, tmp_path):
     part = tmp_path / "out.json.part"
-    Store(tmp_path / "out.json", {"other": 1}).add({"rows": []})
+    with Store(tmp_path / "out.json", {"other": 1}) as store:
+        store.add({"rows": []})
     before = part.read_bytes()
     monkeypatch.setattr(evaluate, "Assistant", None)
     with pytest.raises(SystemExit) as stop:
@@ -318,28 +323,36 @@ def test_partial_results_of_another_run_are_refused(run, capsys, monkeypatch, tm
     assert part.read_bytes() == before
 
 
-def test_store(tmp_path):
+def test_store(sweep, tmp_path):
     path, part = tmp_path / "x.json", tmp_path / "x.json.part"
     store = Store(path, {"keep": 1.0})
-    assert store.records() == [] and store.finished() is None and not part.exists()
-    part.write_bytes(b'{"ke')                                               # not even the header is whole
-    assert store.records() == [] and part.read_bytes() == b""
-    for record in {"a": 1}, {"a": 2}:
-        store.add(record)
-    assert store.records() == [{"a": 1}, {"a": 2}]
+    with store:
+        assert store.records == [] and part.exists()
+    assert store.finished() is None and not part.exists()                   # nothing was done
+    part.write_bytes(b'{"ke')                                               # not even the header is complete
+    with store:
+        assert store.records == []
+        for record in {"a": 1}, {"a": 2}:
+            store.add(record)
+    for _ in range(2):
+        with store:
+            assert store.records == [{"a": 1}, {"a": 2}]
     for other in {"keep": 1}, {"keep": 0.5}:                                # 1 is one token, 1.0 all of them
-        with pytest.raises(ValueError, match="other settings"):
-            Store(path, other).records()
+        with pytest.raises(ValueError, match="other settings"), Store(path, other):
+            pass
     path.write_text("[]")
     assert store.finished() is None
-    store.finish({"settings": {"keep": 1.0}, "rows": []})
-    assert list(tmp_path.iterdir()) == [path] and store.finished()["rows"] == []
+    figures = json.loads((sweep / "out.json").read_text())
+    with store:
+        store.finish({**figures, "settings": {"keep": 1.0}})
+    assert list(tmp_path.iterdir()) == [path] and store.finished()["rows"] == figures["rows"]
     assert Store(path, {"keep": 1}).finished() is None
-    store.add({"a": 3})
+    with store:
+        store.add({"a": 3})
     assert store.finished() is None                                         # begun anew
     part.write_bytes(part.read_bytes() + b"nonsense\n")
-    with pytest.raises(ValueError, match="damaged"):
-        store.records()
+    with pytest.raises(ValueError, match="damaged"), store:
+        pass
 
 
 def test_other_weights_are_other_settings(tmp_path):
@@ -352,13 +365,21 @@ def test_other_weights_are_other_settings(tmp_path):
     assert len(seen | {evaluate.fingerprint(tmp_path)}) == 4
 
 
-def test_progress_says_how_long_it_takes(capsys):
-    evaluate.show_progress(3, 10, 20.0)
-    evaluate.show_progress(10, 20000, 1.0)
-    evaluate.show_progress(10, 10, 1.0)
-    first, second, last = capsys.readouterr().err.split("\r")[1:]
-    assert first.startswith(f"[{'=' * 9}{' ' * 21}] 3/10 images, 2:20 left") and "5 h 33 min left" in second
-    assert last.endswith("\n") and "\n" not in first + second
+def test_progress_says_how_long_it_takes():
+    first = evaluate.progress_line(3, 10, 20.0)
+    assert first.startswith(f"[{'=' * 9}{' ' * 21}] 3/10 images, 2:20 left")
+    assert "5 h 33 min left" in evaluate.progress_line(10, 20000, 1.0)
+
+
+def test_progress_is_one_line_on_a_terminal_alone(assistant, monkeypatch, capsys):
+    exam = make_exam(6)
+    evaluate.evaluate(assistant, exam)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    evaluate.evaluate(assistant, exam)
+    _, first, last = capsys.readouterr().err.split("\r")
+    assert "1/2 images" in first and "2/2 images, 0:00 left" in last
+    assert last.endswith("\n") and "\n" not in first
 
 
 # ----- bad input

@@ -1,0 +1,181 @@
+"""The files of an evaluation: FILE, which is written when it is finished, and FILE.part until then.
+
+FILE.part has a line with all settings, then a line for every run and for every image that is done:
+
+    {"model": "tiny", "questions": 2000, ...}
+    {"process": 4711, "host": "name"}                   a run began, or went on after it was stopped
+    {"number": 0, "rows": [...], ...}                   the record of image 0
+    {"number": 1, "rows": [...], ...}
+
+The same command goes on after the last one. Only one process at a time writes the file: it holds a lock.
+"""
+import errno
+import json
+import os
+import platform
+from io import FileIO
+from pathlib import Path
+
+from evaluation.exam import Exam
+from evaluation.records import are_figures, is_record
+from weights.files import read_bytes, read_json, replacing
+from weights.messages import named, one_line, reason
+
+try:
+    import fcntl
+except ImportError:                 # on Windows; there, mixed records are found by their numbers
+    fcntl = None
+
+MOST_BYTES = 1_000_000_000
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP            # what a file system without locks answers
+
+
+class Store:
+    """FILE and FILE.part. Within `with store:` FILE.part is locked, and `records` are those done so far."""
+
+    def __init__(self, path: Path, settings: dict):
+        self.path = path
+        self.part = path.with_name(path.name + ".part")
+        self.settings = json.dumps(settings)    # compared as text: 1 == 1.0, but one token is not all of them
+        self.records: list[dict] = []
+
+    def __enter__(self) -> "Store":
+        """Raises ValueError where another process writes FILE.part, or it is not of this evaluation."""
+        self.file = open_locked(self.part)
+        is_new = os.fstat(self.file.fileno()).st_size == 0
+        try:
+            self.records = self._read()
+            self._write({"process": os.getpid(), "host": platform.node()})
+        except BaseException:
+            self._close(remove=is_new)
+            raise
+        return self
+
+    def __exit__(self, *error: object):
+        self._close(remove=not self.records)    # settings that fail at the first image leave no file
+
+    def _close(self, remove: bool):
+        """Give back the lock; remove the file first, or another process could have locked it by then."""
+        if fcntl is None:                       # Windows removes no open file
+            self.file.close()
+        if remove:
+            self.part.unlink(missing_ok=True)
+        self.file.close()
+
+    def add(self, record: dict):
+        """Write the record of the next image."""
+        self._write({"number": len(self.records), **record})
+        self.records.append(record)
+
+    def check(self, exam: Exam, rows: int, layers: int | None):
+        """Raise ValueError where a record does not fit its questions, the pruners or the layers compared."""
+        if len(self.records) > len(exam):
+            raise self._damaged(f"{len(self.records)} records for {len(exam)} images")
+        for i, (record, (_, questions)) in enumerate(zip(self.records, exam, strict=False)):
+            if not is_record(record, len(questions), rows, layers):
+                raise self._damaged(f"record {i} does not fit its questions")
+
+    def finish(self, made: dict):
+        """Write FILE, and remove FILE.part."""
+        with replacing(self.path) as partial:
+            partial.write_text(json.dumps(made, indent=2) + "\n", encoding="utf-8")
+        self.records = []                       # so that FILE.part goes
+
+    def finished(self) -> dict | None:
+        """What FILE holds, if it has these settings and no run began since. ValueError if damaged."""
+        if not self.path.exists() or self.part.exists():
+            return None
+        try:
+            made = read_json(self.path, MOST_BYTES)
+        except ValueError:                      # something else, which the new figures will replace
+            return None
+        if not isinstance(made, dict) or json.dumps(made.get("settings")) != self.settings:
+            return None
+        if not are_figures(made):
+            raise ValueError(f"{named(self.path)}: the figures are damaged; delete this file to ask again")
+        return made
+
+    def _read(self) -> list[dict]:
+        """The records of FILE.part; a last line that was cut off is removed."""
+        data = read_bytes(self.part, MOST_BYTES)
+        header = self.settings.encode() + b"\n"
+        complete = data[:data.rfind(b"\n") + 1]
+        if not complete and header.startswith(data):
+            self.file.truncate(0)
+            self._write_bytes(header)
+            return []
+        if not complete.startswith(header):
+            raise ValueError(f"{named(self.part)}: an evaluation with other settings or weights was not "
+                             "finished; finish that one, or delete this file")
+        records = []
+        for line in complete[len(header):].split(b"\n")[:-1]:
+            record = self._parsed(line)
+            if "process" in record:
+                continue
+            if record.pop("number", None) != len(records):
+                raise self._damaged(f"record {len(records)} is not where it should be")
+            records.append(record)
+        self.file.truncate(len(complete))
+        return records
+
+    def _parsed(self, line: bytes) -> dict:
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(one_line(error, 100)) from None
+        if not isinstance(record, dict):
+            raise self._damaged("a line is no record")
+        return record
+
+    def _damaged(self, what: str) -> ValueError:
+        return ValueError(f"{named(self.part)}: damaged ({what}); delete this file to begin anew")
+
+    def _write(self, line: dict):
+        self._write_bytes(json.dumps(line).encode() + b"\n")
+
+    def _write_bytes(self, data: bytes):
+        try:
+            while data:
+                data = data[self.file.write(data):]
+        except OSError as error:
+            raise ValueError(f"{named(self.part)}: cannot be written: {reason(error)}; the same command "
+                             "goes on from here") from None
+
+
+def open_locked(path: Path) -> FileIO:
+    """Open a file for reading and appending, for this process alone. ValueError where another one has it."""
+    while True:
+        if path.exists() and not path.is_file():
+            raise ValueError(f"{named(path)}: this is not a file; choose another name")
+        file = open(path, "a+b", buffering=0)       # noqa: SIM115  the caller closes it
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.close()
+            raise ValueError(f"{named(path)}: {writer_of(path)} is writing it; wait until that has ended, "
+                             "or name another file") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+        if is_at(file, path):
+            return file
+        file.close()                                # another process has just finished, and removed it
+
+
+def is_at(file: FileIO, path: Path) -> bool:
+    """Whether an open file is still the one that has this path."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def writer_of(path: Path) -> str:
+    """The process that wrote last that it began."""
+    lines = [line for line in path.read_bytes().splitlines() if line.startswith(b'{"process": ')]
+    try:
+        run = json.loads(lines[-1])
+        return f"process {int(run['process'])} on {one_line(run['host'], 60)}"
+    except (IndexError, ValueError, KeyError, TypeError):
+        return "another process"
