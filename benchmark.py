@@ -29,7 +29,7 @@ from benchmarks.parts import EAGER, PEER, WHOLE, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import pace, waterfall
-from cli import Parser, parse_pruner, parse_pruners, whole_number
+from cli import Parser, check_output, parse_pruner, parse_pruners, whole_number
 from evaluation.plot import check_plot
 from model.llama_vision import check_length
 from program import say
@@ -61,8 +61,8 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
     add("--waterfall", action="store_true", help="only what each lever of decoding gains, one after another")
     add("--methods", metavar="P,...", help="only what each method adds and holds, of these or 'all'")
-    add("--json", metavar="F", help="write all of it")
-    add("--plot", metavar="F", help="draw it: .png, .svg or .pdf")
+    add("--json", type=Path, metavar="F", help="write all of it")
+    add("--plot", type=Path, metavar="F", help="draw it: .png, .svg or .pdf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
     add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
     add("--repeat", type=whole_number, default=7, metavar="N", help="rounds, after warm-up; default 7")
@@ -103,10 +103,10 @@ def command(args: argparse.Namespace):
             for tiles in args.tiles:
                 bench.run(tiles, made)
     if args.json is not None:
-        tables.write_text(Path(args.json), json.dumps(made, indent=1) + "\n")
+        tables.write_text(args.json, json.dumps(made, indent=1) + "\n")
     print(tables.text(made))
     if args.plot is not None:
-        tables.plot(made, Path(args.plot))
+        tables.plot(made, args.plot)
 
 
 def check(args: argparse.Namespace) -> list[Pruner]:
@@ -128,11 +128,8 @@ def check(args: argparse.Namespace) -> list[Pruner]:
     if args.prune is None and (args.waterfall or args.preset and args.keep is not None):
         args.prune = "trimmed_llama"
     if args.plot is not None:
-        check_plot(Path(args.plot))
-    for name in "json", "plot":
-        path = getattr(args, name)
-        if path is not None and (not Path(path).parent.is_dir() or Path(path).is_dir()):
-            raise ValueError(f"--{name} {path}: not a file in a folder that exists")
+        check_plot(args.plot)
+    check_output("--json", args.json)
     if args.against is not None:
         import_transformers()
     if args.methods is not None:

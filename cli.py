@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 
 from model.answer import Answer, EncodedImages
-from program import MOST, fail, is_in_a_pruner_of_the_user, say, write
+from program import MOST_LETTERS, fail, is_in_a_pruner_of_the_user, say, write
 from pruning import METHODS, Pruner, find, hooks, load, options
+from pruning.options import MOST as MOST_OPTION
 from weights.files import replacing
 from weights.messages import named, one_line, quoted, reason
 from weights.tokenizer import messages
-
-LARGEST = 2 ** 63           # whole numbers of this size and more fit nowhere
-
 
 # ----- arguments
 
@@ -134,8 +132,8 @@ def parse_number(text: str) -> int | float | str:
             return float(text)
         except ValueError:
             return text
-    if abs(number) >= LARGEST:
-        raise ValueError(f"{quoted(text)} is too large a number; give one of at most 18 digits")
+    if abs(number) > MOST_OPTION:
+        raise ValueError(f"{quoted(text)} is too large a number: give one of at most {MOST_OPTION}")
     return number
 
 
@@ -180,7 +178,7 @@ def chat(answer: Callable[[list[dict]], str], system: str | None, images: int):
         except ValueError as error:             # too long, say: the chat goes on without this question
             if is_in_a_pruner_of_the_user(error):
                 raise
-            say(f"error: {one_line(error, MOST)}")
+            say(f"error: {one_line(error, MOST_LETTERS)}")
             continue
         history = [*asked, {"role": "assistant", "content": text}]
         images = 0

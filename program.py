@@ -13,7 +13,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-MOST = 1000                 # characters of an error message
+MOST_LETTERS = 1000         # of an error message
 
 
 def begin(module: str):
@@ -139,9 +139,9 @@ def fail(message: object):
     """One line on stderr of bounded length, exit code 2."""
     from weights.messages import one_line  # here, because it imports torch
 
-    short = re.sub(r"\S{200,}", lambda word: word.group()[:100] + "…", str(message))
+    short = re.sub(r"\S{250,}", lambda word: word.group()[:100] + "…", str(message))
     try:
-        say(f"error: {one_line(short, MOST)}")
+        say(f"error: {one_line(short, MOST_LETTERS)}")
     except OSError:                                             # stderr is full or gone: nobody can be told
         sys.stderr = None                                       # and Python need not try again at its end
     raise SystemExit(2)

@@ -392,8 +392,8 @@ def test_plot(run, tmp_path, argv):
     (["--model", "nowhere/at-all/x"], "nowhere"), (["--prune", "nothing"], "no pruning method"),
     (["--keep", "0.5"], "name it with --prune"), (["--prune", "fastv", "--keep", "2.0"], "keep is 2.0"),
     (["--device", "tpu"], "tpu"), (["--dtype", "fp7"], "fp7"), (["--against", "vllm"], "invalid choice"),
-    (["--json", "no/such/folder/x.json"], "not a file in a folder"), (["--plot", "x.gif"], "must end in"),
-    (["--plot", "no/such/folder/x.png"], "not a file in a folder"),
+    (["--json", "no/such/folder/x.json"], "there is no folder"), (["--plot", "x.gif"], "must end in"),
+    (["--plot", "no/such/folder/x.png"], "there is no folder"),
     (["--methods", "all", "--prune", "fastv"], "leave out"), (["--methods", "some"], "no pruning method"),
     (["--preset", "table3"], "invalid choice"), (["--preset", "table2", "--waterfall"], "give one of them"),
 ])

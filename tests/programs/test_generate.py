@@ -512,9 +512,9 @@ def test_too_little_memory_on_a_gpu_is_one_line(run, monkeypatch, capsys):
 def test_pruning_is_reported_in_words_and_numbers(run, wide):
     command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "3", "--prune"
     _, err = run(*command, "spatial", "--keep", "0.3")
-    assert "200 slots -> 100 real -> 30 kept (spatial, keep 0.3; layer 0 keeps all in prefill)\n" in err
+    assert "200 slots -> 100 real -> 30 kept (spatial, keep 0.3; layer 0 attends to all tokens in prefill)\n" in err
     _, err = run(*command, "fastv", "--keep", "30")
-    assert "-> 53 kept (by layer 100 30 30; fastv, keep 30; layer 0 keeps all in prefill)\n" in err
+    assert "-> 53 kept (by layer 100 30 30; fastv, keep 30; layer 0 attends to all tokens in prefill)\n" in err
     data = json.loads(run(*command, "fastv", "--keep", "0.3", "--json")[0])
     assert data["image_tokens"] == {"slots": 200, "real": 100, "kept": 53}
     assert data["kept_by_layer"] == [100, 30, 30] and data["pruner"].startswith("fastv, keep 0.3")
@@ -563,7 +563,7 @@ class Mine(Pruner):
     keep: float = 0.5
     first: int = 3
     def encoded(self, image, prompts):
-        return image.take(torch.arange(image.coords.shape[1]).expand(len(prompts.ids), -1) < self.first)
+        return image.take(torch.arange(image.coords.shape[1]).expand(len(prompts), -1) < self.first)
 """
 
 
