@@ -220,7 +220,9 @@ def test_every_method_at_once():
 
 
 def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("weights.tokenizer.ChatTokenizer.decode", lambda *_: "yes")
+    original = evaluate.row_of
+    monkeypatch.setattr(evaluate, "row_of", lambda answer, encoded, texts, questions: original(
+        answer, encoded, ["yes"] * len(questions), questions))
     out = run("--questions", 12, "--kinds", "exists", "--json", tmp_path / "out.json").out
     exam = make_exam(12, kinds=["exists"])
     answers = Counter(question.answer for _, questions in exam for question in questions)
