@@ -35,7 +35,7 @@ def test_tokenizer_is_the_same_every_time():
     assert train_tokenizer(50).to_str() == train_tokenizer(50).to_str()
 
 
-def test_a_lesson_is_a_conversation_in_the_format_of_the_prompter(lessons, folder):
+def test_a_lesson_is_a_conversation_in_the_format_of_the_chat_tokenizer(lessons, folder):
     batch = lessons.batch("train", 0, 1, (1, 2), seed=3)
     tokenizer = ChatTokenizer.from_folder(folder, tiny_config())
     ids, targets = batch.input_ids[0].tolist(), batch.targets[0].tolist()
