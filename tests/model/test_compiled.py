@@ -14,10 +14,10 @@ from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
 
 from evaluation.exam import make_exam
-from generate import Assistant, EncodedImages, generate
+from generate import Assistant, EncodedImages, generate, no_one
 from model.cache import BUCKET, Cache
 from model.compiled import Compiled, WrittenOut
-from model.sampling import Arriving, one_ahead
+from model.sampling import GREEDY
 from pruning import METHODS, Pruner, load
 from scenes.draw import draw
 from weights.tokenizer import messages
@@ -40,8 +40,8 @@ def compiled() -> Assistant:
 @pytest.fixture(scope="module")
 def scenes(plain) -> list[tuple[EncodedImages, list[list[dict]]]]:
     papers = make_exam(3 * IMAGES)
-    return [(plain.encode_images([draw(scene)], vision=True), [messages(question.text, 1) for question in questions])
-            for scene, questions in papers]
+    return [(plain.encode_images([draw(scene)], keep_states=True),
+             [messages(question.text, 1) for question in questions]) for scene, questions in papers]
 
 
 def pruners(image: int) -> list[Pruner]:
@@ -91,14 +91,15 @@ def test_lengths_in_whole_buckets_change_next_to_nothing(plain, scenes):
     def checked(tokens: Tensor, cache: Cache) -> Tensor:
         expected = plain.model.decode(tokens, copy.deepcopy(cache))
         logits = step(tokens, cache)
-        sizes.update(kv.key.shape[2] for kv in cache.images)
+        sizes.update(kv.key.shape[2] for kv in cache.image_kv)
         torch.testing.assert_close(logits, expected, atol=0.2, rtol=0)             # of about 30, in bf16
         return logits
 
     for i, (image, turns) in enumerate(scenes):
         ids = [plain.tokenizer.encode(turn) for turn in turns]
         for pruner in pruners(i):
-            generate(plain.model, ids, image.tokens.expand(len(ids)), 4, (), pruner=pruner, decode=checked)
+            run = pruner.around(generate)
+            run(plain.model, ids, image.tokens.expand(len(ids)), 4, (), GREEDY, no_one, pruner, checked)
     assert len(sizes) >= 4 and not any(size % BUCKET for size in sizes)
 
 
@@ -113,7 +114,7 @@ def test_buffers_are_used_again_but_not_while_they_are_in_use(plain, scenes):
             torch.tensor([ids]), [len(ids)], image.tokens, 9)[1]
 
     def coords_of(cache) -> list[int]:
-        return [t.data_ptr() for t in cache.keys + cache.values + [kv.key for kv in cache.images]]
+        return [t.data_ptr() for t in cache.text_keys + cache.text_values + [kv.key for kv in cache.image_kv]]
 
     with torch.inference_mode():
         (first, reference), (second, _) = read(), read()
@@ -129,7 +130,7 @@ def test_buffers_are_used_again_but_not_while_they_are_in_use(plain, scenes):
         third, _ = read()
         torch.testing.assert_close(step(token, third), expected[0], atol=0.2, rtol=0)
         assert coords_of(third) == stood
-        held = third.images[0]
+        held = third.image_kv[0]
         assert held.key.shape[2] % BUCKET == 0 and held.mask.sum() == held.mask.shape[1] * image.real
         assert held.key[~held.mask].eq(0).all()
 
@@ -147,35 +148,21 @@ def test_products_of_one_row_are_written_out(dtype):
 
 
 def test_a_step_may_change_what_is_held(plain, compiled, scenes):
-    """Moment 4 between compiled steps: half of the tokens go after each of the first four."""
+    """Hook 4 between compiled steps: half of the tokens go after each of the first four."""
     class Halving(Pruner):
-        def stepped(self, step: int, queries: list[Tensor], kvs: list) -> list:
-            assert len(queries) == len(kvs) and queries[0].shape[2] == 1
+        def stepped(self, step: int, queries: list[Tensor], image_kv: list) -> list:
+            assert len(queries) == len(image_kv) and queries[0].shape[2] == 1
             if step > 3:
-                return kvs
+                return image_kv
             real = [torch.ones(kv.key.shape[:3]).bool() if kv.mask is None else
-                    kv.mask.expand(kv.key.shape[:3]) for kv in kvs]
+                    kv.mask.expand(kv.key.shape[:3]) for kv in image_kv]
             every_other = [there & (there.cumsum(-1) % 2 == i % 2) for i, there in enumerate(real)]
-            return [kv.take(kept) for kv, kept in zip(kvs, every_other, strict=True)]
+            return [kv.take(kept) for kv, kept in zip(image_kv, every_other, strict=True)]
 
     for image, turns in scenes[:3]:
         pruner = Halving(keep=0.9)
         expected = plain.answer(turns, image, 12, pruner=pruner)
         assert compiled.answer(turns, image, 12, pruner=pruner).tokens == expected.tokens
-
-
-def test_ahead_changes_order_but_not_tokens():
-    log = []
-
-    def steps():
-        for i in range(3):
-            log.append(f"make {i}")
-            yield Arriving(torch.tensor([i]))
-
-    for arriving in one_ahead(steps()):
-        log.append(f"read {arriving.read()[0]}")
-    assert log == ["make 0", "make 1", "read 0", "make 2", "read 1", "read 2"]
-    assert [arriving.read() for arriving in one_ahead(iter([Arriving(torch.tensor([7, 8]))]))] == [[7, 8]]
 
 
 def test_generate_takes_any_decode(plain, scenes):

@@ -1,6 +1,6 @@
 """The network computes what Meta's reference computes: features, logits and greedy continuations.
 
-tests/data/golden holds a tiny random checkpoint in the official layout and, for each case, inputs and what
+tests/model/data/golden holds a tiny random checkpoint in the official layout and, for each case, inputs and what
 Meta's implementation makes of them in float64 (stored as float32). Cases with several images have no
 continuation there: Meta's loop lets generated tokens lose sight of the images, ours does not, so these are
 compared with reading the whole text again for each token.
@@ -103,7 +103,8 @@ def check_features(image: ImageTokens, row: int, case: Case, tolerance: dict):
     sizes = [len(feature) for feature in case.features]
     side = range(4)                                                 # tiles of 56 pixels, patches of 14
     patches = [(-1, -1)] + [(r, c) for r in side for c in side]
-    assert coords.tolist() == [[i, t, r, c] for i, n in enumerate(sizes) for t in range(n) for r, c in patches]
+    expected = [[i, t, r, c] for i, n in enumerate(sizes) for t in range(n) for r, c in patches]
+    assert coords.tolist() == expected
 
 
 def test_the_cases_are_all_there():

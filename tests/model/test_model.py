@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model import layers
 from model.cache import BUCKET, rounded_up
 from model.decoder import CrossAttentionLayer, SelfAttentionLayer
-from model.image_tokens import Tiles, sight, visible_images
+from model.image_tokens import Tiles, attention_mask, visible_images
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
 from weights import config_from_dict
@@ -130,8 +130,11 @@ def test_an_image_does_not_reach_the_text_before_it_or_after_the_next(network, d
     base, second = network(ids, [Tiles.cat([a, b])]), network(ids, [Tiles.cat([a, other])])
     close(base[:, :4], second[:, :4])
     assert ((base - second)[:, 4:].abs().amax(-1) > 0.01).all()
-    kv = network.prefill(ids, [7], network.encode([Tiles.cat([a, b])]), 0)[1].images[0]
-    unseen = network.prefill(ids, [7], network.encode([Tiles.cat([other, b])]), 0)[1].images[0]
+    images = [network.encode([Tiles.cat([first, b])]) for first in (a, other)]
+    caches = [network.prefill(ids, [7], image, 0)[1] for image in images]
+    for cache in caches:
+        cache.image_kv = list(cache.image_kv)           # what no sequence sees is dropped
+    kv, unseen = (cache.image_kv[0] for cache in caches)
     assert kv.key.shape[2] == TOKENS                    # of the second image alone
     close(kv.key, unseen.key)
 
@@ -146,7 +149,7 @@ def test_a_batch_of_text_alone(network, draw):
     for row, new, seen in zip(rows, tokens, logits, strict=True):
         close(seen, network(torch.tensor([row + new[:-1]]), [None])[0, len(row) - 1:])
     _, cache = network.prefill(pad(rows), [4, 2], None, 1)
-    assert cache.images == [] and cache.image_bytes() == 0
+    assert cache.image_kv == [] and cache.image_bytes() == 0
 
 
 # ----- what is kept, and how attention is called
@@ -156,8 +159,8 @@ def test_image_keys_are_of_real_tiles_and_not_repeated(network, tiles):
     image = network.encode(tiles[:1])
     _, cache = network.prefill(torch.tensor(ROWS[:1]), [8], image, 3)
     heads, width = CONFIG.text.num_key_value_heads, CONFIG.text.head_dim
-    assert len(cache.images) == CROSS
-    for kv in cache.images:
+    assert len(cache.image_kv) == CROSS
+    for kv in cache.image_kv:
         assert kv.key.shape == kv.value.shape == (1, heads, 4 * TOKENS, width)
         assert kv.key.untyped_storage().nbytes() == kv.key.nbytes           # nor a view of something larger
     assert image.features.shape == (1, 4 * TOKENS, CONFIG.text.hidden_size)
@@ -165,33 +168,35 @@ def test_image_keys_are_of_real_tiles_and_not_repeated(network, tiles):
 
 def test_the_text_cache_is_allocated_once(network, tiles):
     _, cache = network.prefill(pad(ROWS), [len(row) for row in ROWS], network.encode(tiles), 6)
-    held = cache.keys + cache.values + [t for kv in cache.images for t in (kv.key, kv.value)]
+    held = cache.text_keys + cache.text_values + [t for kv in cache.image_kv for t in (kv.key, kv.value)]
     coords_of = [tensor.data_ptr() for tensor in held]
     shape = len(ROWS), CONFIG.text.num_key_value_heads, BUCKET, CONFIG.text.head_dim       # 8 + 6, rounded up
-    assert len(cache.keys) == len(cache.values) == SELF
+    assert len(cache.text_keys) == len(cache.text_values) == SELF
     for step in range(6):
         network.decode(torch.arange(len(ROWS)), cache)
         assert cache.positions.tolist() == [len(row) + step + 1 for row in ROWS]
-    assert all(tensor.shape == shape for tensor in cache.keys + cache.values)
-    now = cache.keys + cache.values + [t for kv in cache.images for t in (kv.key, kv.value)]
+    assert all(tensor.shape == shape for tensor in cache.text_keys + cache.text_values)
+    now = cache.text_keys + cache.text_values + [t for kv in cache.image_kv for t in (kv.key, kv.value)]
     assert [tensor.data_ptr() for tensor in now] == coords_of
     assert all(a is b for a, b in zip(held, now, strict=True))
 
 
-@pytest.mark.parametrize("rows, grids, now, later", [                 # start, whether rows and mask are None
-    ([[5, 6, IMAGE, 7]], [[(1, 2)]], (2, True, True), (0, True, True)),                 # the usual prompt
-    ([[5, IMAGE, 7], [6, IMAGE, 8]], [[(1, 2)], [(2, 1)]], (1, True, True), (0, True, True)),
-    ([[5, IMAGE, 7], [6, IMAGE, 8]], [[(1, 2)], [(1, 1)]], (1, True, False), (0, True, False)),
-    ([[5, IMAGE, IMAGE, 7]], [[(1, 1), (1, 1)]], (1, True, False), (0, True, True)),    # the first sees one
-    ([[5, IMAGE, 7, 8], [5, 6, IMAGE, 8]], [[(1, 1)], [(1, 1)]], (1, False, True), (0, True, True)),
-    ([[IMAGE, 5], [6, 7]], [[(1, 1)], []], (0, False, True), (0, False, True))])
-def test_masks_only_where_needed(network, draw, rows, grids, now, later):
+@pytest.mark.parametrize("rows, grids, prefill, decode", [      # no mask; all see an image, no mask
+    ([[5, 6, IMAGE, 7]], [[(1, 2)]], True, (True, True)),                               # the usual prompt
+    ([[5, IMAGE, 7], [6, IMAGE, 8]], [[(1, 2)], [(2, 1)]], True, (True, True)),
+    ([[5, IMAGE, 7], [6, IMAGE, 8]], [[(1, 2)], [(1, 1)]], False, (True, False)),
+    ([[5, IMAGE, IMAGE, 7]], [[(1, 1), (1, 1)]], False, (True, True)),                  # the first sees one
+    ([[5, IMAGE, 7, 8], [5, 6, IMAGE, 8]], [[(1, 1)], [(1, 1)]], True, (True, True)),
+    ([[IMAGE, 5], [6, 7]], [[(1, 1)], []], True, (False, True))])
+def test_masks_only_where_needed(network, draw, calls, rows, grids, prefill, decode):
     image = network.encode([draw(row, CONFIG.vision) if row else None for row in grids])
     ids = torch.tensor(rows)
+    assert (attention_mask(visible_images(ids, IMAGE), image) is None) == prefill
+    calls.clear()
     _, cache = network.prefill(ids, [ids.shape[1]] * len(ids), image, 1)
-    seeing = sight(visible_images(ids, IMAGE))
-    assert (seeing.start, seeing.rows is None, seeing.mask(image) is None) == now
-    assert (0, cache.rows is None, all(kv.mask is None for kv in cache.images)) == later
+    assert {call["mask"] is None for call in calls if not call["causal"]} == {prefill}
+    cache.image_kv = list(cache.image_kv)                   # what is masked everywhere is dropped
+    assert (cache.sees_image is None, all(kv.mask is None for kv in cache.image_kv)) == decode
 
 
 def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles, calls):
@@ -205,7 +210,7 @@ def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles
     _, cache = network.prefill(torch.tensor(ROWS[:1]), [8], image, 2)
     seen = [call for call in calls if not call["causal"]]
     assert len(seen) == CROSS and len(calls) == CROSS + SELF
-    assert all(call["q"] == (*query, 6, text.head_dim) for call in seen)    # from the image on
+    assert all(call["q"] == (*query, 8, text.head_dim) for call in seen)
     assert all(call["k"] == call["v"] == (*shared, 4 * TOKENS, text.head_dim) for call in seen)
     assert all(call["mask"] is None and call["gqa"] for call in calls)
     for step in range(2):           # heads that share keys are rows of one head; text is masked to its length
@@ -234,13 +239,13 @@ def general_path(monkeypatch, encoder: VisionEncoder, pixels: Tensor, grid) -> T
     """All tiles computed, as where padding tiles differ."""
     with monkeypatch.context() as patch:
         patch.setattr(VisionEncoder, "_padding_alike", lambda *arguments: False)
-        return encoder(pixels, grid)
+        return encoder(pixels, grid)[0]
 
 
 @every_ratio
 def test_computing_padding_once_changes_nothing(double, draw, monkeypatch, calls, grid):
     encoder, pixels = double.vision_model, draw([grid] * 2, CONFIG.vision).pixels.double()
-    short, real = encoder(pixels, grid), math.prod(grid)
+    short, real = encoder(pixels, grid)[0], math.prod(grid)
     computed = sum(call["q"][2] for call in calls[:2])
     assert computed == min(real + 1, 4) * (TOKENS + 1)              # tiles, and a zero token for each
     calls.clear()
@@ -256,14 +261,14 @@ def test_computing_padding_once_changes_nothing(double, draw, monkeypatch, calls
 def test_tables_that_tell_padding_tiles_apart_take_the_general_path(double, draw, monkeypatch, table):
     encoder, grid = copy.deepcopy(double.vision_model), (1, 2)
     pixels = draw([grid], CONFIG.vision).pixels.double()
-    official = encoder(pixels, grid)
+    official = encoder(pixels, grid)[0]
     rows = encoder.get_submodule(table).weight[CONFIG.vision.ratio_id(*grid)].unflatten(0, (4, -1))
     rows[2:] = torch.arange(rows.shape[1]).sin()                    # not official, but both alike
-    alike = encoder(pixels, grid)
+    alike = encoder(pixels, grid)[0]
     assert encoder._padding_alike(CONFIG.vision.ratio_id(*grid), 2)
     close(alike, general_path(monkeypatch, encoder, pixels, grid), atol=1e-12)
     rows[3, 1] += 1.5
-    apart = encoder(pixels, grid)
+    apart = encoder(pixels, grid)[0]
     assert not encoder._padding_alike(CONFIG.vision.ratio_id(*grid), 2)
     close(apart, general_path(monkeypatch, encoder, pixels, grid), atol=0)
     assert (official - alike).abs().max() > 1e-3 and (alike - apart).abs().max() > 1e-6
@@ -388,16 +393,16 @@ def test_bfloat16_is_near_float32(network, tiles):
     _, seen = greedy(half, ROWS, image, 4)
     assert seen.isfinite().all()
     _, cache = half.prefill(pad(ROWS), [len(row) for row in ROWS], image, 1)
-    assert {t.dtype for t in cache.keys + cache.values + [cache.images[0].key]} == {torch.bfloat16}
+    assert {t.dtype for t in cache.text_keys + cache.text_values + [cache.image_kv[0].key]} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("rows, grids, fragments", [
-    ([[5, IMAGE, IMAGE]], [[(1, 1)]], ["row 0", "2 image tokens", "1 images"]),
-    ([[5, 6, 7]], [[(1, 1)]], ["row 0", "0 image tokens", "1 images"]),
-    ([[5, IMAGE, 7]], [[]], ["row 0", "1 image tokens", "0 images"]),
-    ([[5, IMAGE], [IMAGE, 6]], [[(1, 1)], []], ["row 1", "1 image tokens", "0 images"]),
-    ([[5, 6], [IMAGE, 6]], [[], [(1, 1), (1, 2)]], ["row 1", "1 image tokens", "2 images"]),
-    ([[5, IMAGE], [IMAGE, 6]], [[(1, 1)]], ["2 rows"]),
+    ([[5, IMAGE, IMAGE]], [[(1, 1)]], ["sequence 0", "2 image tokens", "1 images"]),
+    ([[5, 6, 7]], [[(1, 1)]], ["sequence 0", "0 image tokens", "1 images"]),
+    ([[5, IMAGE, 7]], [[]], ["sequence 0", "1 image tokens", "0 images"]),
+    ([[5, IMAGE], [IMAGE, 6]], [[(1, 1)], []], ["sequence 1", "1 image tokens", "0 images"]),
+    ([[5, 6], [IMAGE, 6]], [[], [(1, 1), (1, 2)]], ["sequence 1", "1 image tokens", "2 images"]),
+    ([[5, IMAGE], [IMAGE, 6]], [[(1, 1)]], ["2 sequences"]),
     ([[5, IMAGE]], [[(2, 3)]], ["2 x 3"])])
 def test_images_that_do_not_fit_the_text(network, draw, rows, grids, fragments):
     """One line, by forward and by prefill."""
@@ -451,7 +456,7 @@ def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, draw, kept):
     ids, decoder = torch.tensor([[IMAGE, 5, 6]]), network.language_model
     cache = network.prefill(ids, [3], network.encode([draw([(1, 2)], CONFIG.vision)]), 1)[1]
     columns = torch.arange(2 * TOKENS) < kept
-    cache.images = [kv.take(columns[None]) for kv in cache.images]
+    cache.image_kv = [kv.take(columns[None]) for kv in cache.image_kv]
     expected = decoder.flops(1, 3, kept, project_image=False)
     expected += SELF * 4 * CONFIG.text.hidden_size * (BUCKET - 4)                   # slots that are masked
     assert counted(lambda: decoder.step(torch.tensor([5]), cache)) == expected
