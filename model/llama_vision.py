@@ -117,7 +117,7 @@ class LlamaVision(nn.Module):
     def check_prompts(self, prompts: list[list[int]], max_new_tokens: int):
         """Raise ValueError for prompts that cannot be answered."""
         if self.lm_head.weight.is_meta:
-            raise ValueError("the model is on the meta device, which holds no weights: load it on cpu or cuda")
+            raise ValueError("the model is on the meta device, which holds no weights: load it elsewhere")
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
         known = self.config.text.vocab_size + EXTRA_EMBEDDINGS
@@ -126,7 +126,8 @@ class LlamaVision(nn.Module):
                 raise ValueError(f"prompt {b} is empty: give it at least one token")
             for token in ids:
                 if type(token) is not int or not 0 <= token < known:
-                    raise ValueError(f"prompt {b} holds {str(token)[:30]}, but token ids are 0 to {known - 1}")
+                    raise ValueError(f"prompt {b} holds something else than token ids, which are whole numbers "
+                                     f"from 0 to {known - 1}")
             check_length(len(ids), max_new_tokens, self.config.text.max_position_embeddings)
 
     def pad_right(self, prompts: list[list[int]]) -> tuple[Tensor, list[int]]:

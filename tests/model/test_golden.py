@@ -1,6 +1,6 @@
 """The network computes what Meta's reference computes: features, logits and greedy continuations.
 
-tests/model/data/golden holds a tiny random checkpoint in the official layout and, for each case, inputs and what
+The data folder holds a tiny random checkpoint in the official layout and, for each case, inputs and what
 Meta's implementation makes of them in float64 (stored as float32). Cases with several images have no
 continuation there: Meta's loop lets generated tokens lose sight of the images, ours does not, so these are
 compared with reading the whole text again for each token.

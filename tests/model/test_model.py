@@ -393,7 +393,8 @@ def test_bfloat16_is_near_float32(network, tiles):
     _, seen = greedy(half, ROWS, image, 4)
     assert seen.isfinite().all()
     _, cache = half.prefill(pad(ROWS), [len(row) for row in ROWS], image, 1)
-    assert {t.dtype for t in cache.text_keys + cache.text_values + [cache.image_kv[0].key]} == {torch.bfloat16}
+    tensors = [*cache.text_keys, *cache.text_values, cache.image_kv[0].key]
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("rows, grids, fragments", [
