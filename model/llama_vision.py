@@ -126,7 +126,7 @@ class LlamaVision(nn.Module):
                 raise ValueError(f"prompt {b} is empty: give it at least one token")
             for token in ids:
                 if type(token) is not int or not 0 <= token < known:
-                    raise ValueError(f"prompt {b} holds something else than token ids, which are whole numbers "
+                    raise ValueError(f"prompt {b} holds something else than token ids, whole numbers "
                                      f"from 0 to {known - 1}")
             check_length(len(ids), max_new_tokens, self.config.text.max_position_embeddings)
 
