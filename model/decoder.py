@@ -114,7 +114,8 @@ class Decoder(nn.Module):
         All of them count as seeing the image; `project_image` adds making its keys and values (prefill).
         Norms, activations and the output head are left out.
         """
-        c, cross = self.config, len(self.config.cross_attention_layers)
+        c = self.config
+        cross = len(self.config.cross_attention_layers)
         kv_width = c.num_key_value_heads * c.head_dim
         q_o_and_mlp = tokens * (4 * c.hidden_size ** 2 + 6 * c.hidden_size * c.intermediate_size)
         pairs = tokens * past + tokens * (tokens + 1) // 2                          # causal

@@ -16,9 +16,9 @@ from model.config import TextConfig
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q [B, H, T, d] over k, v [B, G, N, d], each for H / G query heads; returns [B, T, H·d].
 
-    `mask` [B, 1 or G, T, N] is True where a query may look, and None on every path that does not need one:
-    fused kernels are only chosen then. Keys are never repeated. Where there is one row of text, the heads
-    that share a key are taken for rows of one head: the same numbers, and any kernel can do it.
+    `mask` [B, 1 or G, T, N] is True where a query may look, or is added to the scores; None if all may look
+    everywhere, because fused kernels are only chosen then. Keys are never repeated. If there is one query
+    position, the heads that share a key become positions of one head: the same numbers, for any kernel.
     """
     B, H, T, d = q.shape
     share = H // k.shape[1]
@@ -85,5 +85,6 @@ def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tenso
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channel i together with channel i + d/2; multiplied in fp32 as Meta does, then cast back."""
-    (cos, sin), (a, b) = angles, x.float().chunk(2, dim=-1)
+    cos, sin = angles
+    a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)

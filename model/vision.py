@@ -83,9 +83,11 @@ class VisionEncoder(nn.Module):
 
     def flops(self, grid: tuple[int, int]) -> int:
         """Floating-point operations to encode an image, two for a multiply-add; norms not counted."""
-        c, real = self.config, grid[0] * grid[1]
+        c = self.config
+        real = grid[0] * grid[1]
         tiles = min(real + 1, c.max_num_tiles)
-        rows, seeing = tiles * (c.tokens_per_tile + 1), real * c.tokens_per_tile
+        rows = tiles * (c.tokens_per_tile + 1)
+        seeing = real * c.tokens_per_tile
         keys = c.max_num_tiles * (c.tokens_per_tile + c.pad_tokens)
         layer = (rows * (8 * c.hidden_size ** 2 + 4 * c.hidden_size * c.intermediate_size)
                  + 4 * c.hidden_size * seeing * (keys + rows - seeing))

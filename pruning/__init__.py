@@ -65,9 +65,9 @@ def run_file(path: Path) -> ModuleType:
     try:
         there = path.is_file()
     except OSError as error:                # a name of 300 letters, or a folder without permission
-        raise ValueError(f"{one_line(path)}: {error.strerror}; a method is named as in mine.py:Mine") from None
+        raise ValueError(f"{one_line(path)}: {error.strerror}; name a method as in mine.py:Mine") from None
     if not there:
-        raise ValueError(f"{one_line(path)}: no such file; a method is named as in mine.py:Mine")
+        raise ValueError(f"{one_line(path)}: no such file; name a method as in mine.py:Mine")
     spec = importlib.util.spec_from_file_location(str(path), path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module         # where dataclasses look up annotations

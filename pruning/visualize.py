@@ -20,11 +20,14 @@ from model.image_tokens import ImageKV, ImageTokens, Tiles
 from pruning.recorder import Recorder
 from weights.images import ImageProcessor
 
-DARK, DIM = (48, 48, 56), 0.75              # the colour of a dropped patch, and how far it goes towards it
+DARK = (48, 48, 56)     # the colour of a dropped patch ...
+DIM = 0.75              # ... and how far it goes towards it
 OUTLINE, BORDER = (255, 255, 255), (64, 160, 255)           # of kept patches; between tiles
 WARM = ((0, 0, 0), (96, 12, 32), (224, 84, 16), (255, 200, 40), (255, 255, 224))        # no attention to most
 LEAST = 560                                 # pixels: the longer side of an image, and the width of the sheet
-GAP, TEXT, HEADING = 16, 15, 17             # pixels
+GAP = 16                # pixels
+TEXT = 15
+HEADING = 17
 
 
 def kept_map(images: list[Image.Image], processor: ImageProcessor, recorder: Recorder,
@@ -48,7 +51,8 @@ def kept_map(images: list[Image.Image], processor: ImageProcessor, recorder: Rec
         blocks.append([cell(view.paint(share), f"{view.name}{name}: {round(tokens, 1):g} kept\n"
                             f"class tokens kept {round(classes, 1):g} of {view.tiles}")
                        for name, (share, tokens, classes) in zip(names, layers, strict=False)])
-    real, kept = sum(view.tokens for view in views), sum(tokens for _, tokens, _ in every) / len(held)
+    real = sum(view.tokens for view in views)
+    kept = sum(tokens for _, tokens, _ in every) / len(held)
     mean = ", mean over layers" if any(len(cells) > 1 for cells in blocks) else ""
     some = any(bool(((share > 0) & (share < 1)).any()) for share, _, _ in every)
     legend = "kept; dark: dropped" if not recorder.merges else "kept; dark: merged into kept tokens"
@@ -70,7 +74,8 @@ def attention_map(images: list[Image.Image], processor: ImageProcessor, recorder
     blocks = [[] for _ in views]
     for i, (mass, coords) in enumerate(recorder.received):
         patch = coords[:, 2] >= 0
-        share, most = mass / mass.sum(), mass[patch].max() if patch.any() else mass.max()
+        share = mass / mass.sum()
+        most = mass[patch].max() if patch.any() else mass.max()
         for cells, view in zip(blocks, views, strict=True):
             mine = coords[:, 0] == view.image
             label = f"{view.name}layer {i}\n{share[mine & ~patch].sum():.1%} on class tokens"
@@ -103,7 +108,8 @@ class View:
 
     def spread(self, coords: Tensor, values: Tensor) -> Tensor:
         """Values [n] of tokens of this image, and their coords [n, 4] -> a map, without class tokens."""
-        tiles, patch = torch.zeros(self.tiles, self.patches, self.patches), coords[:, 2] >= 0
+        tiles = torch.zeros(self.tiles, self.patches, self.patches)
+        patch = coords[:, 2] >= 0
         tiles.index_put_(coords[patch, 1:].unbind(-1), values[patch], accumulate=True)
         return rearrange(tiles, "(r c) h w -> (r h) (c w)", r=self.rows)
 
@@ -249,7 +255,8 @@ def stack(parts: list[Image.Image], gap: int) -> Image.Image:
 
 def words(text: str, size: int, width: int) -> Image.Image:
     """Text in black on white, in as many lines as it needs."""
-    font, height = ImageFont.load_default(size), size + size // 3
+    font = ImageFont.load_default(size)
+    height = size + size // 3
     lines = wrap(text, font, width)
     strip = Image.new("RGB", (width, height * len(lines)), "white")
     for i, line in enumerate(lines):

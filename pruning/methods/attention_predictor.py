@@ -61,7 +61,8 @@ class AttentionPredictor(Pruner):
     window: int = 64                                # rows of history
     offload: bool = False
 
-    name, unit = "attention_predictor", "read a step"
+    name = "attention_predictor"
+    unit = "read a step"
     paper = "Yang et al. 2025, arXiv 2502.04077"
 
     def __post_init__(self):
@@ -77,7 +78,8 @@ class AttentionPredictor(Pruner):
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if i == 0:
-            self.history, self.stored = [], []
+            self.history = []
+            self.stored = []
         if i >= self.skip_layers:
             self.history.append(self.prompt_history(queries, kv.seen_from(queries.seen.amax(1))))
         return image, kv
@@ -126,7 +128,8 @@ class AttentionPredictor(Pruner):
                              f"{len(image_kv)}, the number of cross-attention layers")
         self.stored = [kv.compact(None) for kv in image_kv[self.skip_layers:]]
         self.lay_out(self.stored[0])
-        self.device, self.stream = self.block_of.device, None
+        self.device = self.block_of.device
+        self.stream = None
         if self.offload and self.device.type == "cuda":
             self.stream = torch.cuda.Stream(self.device)
             self.stored = [moved(kv, lambda tensor: tensor.cpu().pin_memory()) for kv in self.stored]

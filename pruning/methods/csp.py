@@ -36,7 +36,8 @@ class CSP(SelectPerLayer):
     per: Literal["kv_head", "layer"] = "kv_head"
     decode_n: float = 0.0
 
-    name, paper = "csp", "Pei et al. 2024, arXiv 2412.04652"
+    name = "csp"
+    paper = "Pei et al. 2024, arXiv 2412.04652"
 
     def __post_init__(self):
         super().__post_init__()

@@ -28,7 +28,8 @@ class ElasticCache(SelectPerLayer):
     mass_bias: bool = False
     drop: bool = False
 
-    name, paper = "elastic_cache", "Liu et al. 2024, arXiv 2407.18121"
+    name = "elastic_cache"
+    paper = "Liu et al. 2024, arXiv 2407.18121"
 
     @property
     def merges(self) -> bool:

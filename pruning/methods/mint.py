@@ -45,8 +45,9 @@ class MINT(Pruner):
         """`generate` on a batch of twice the size: first the key branches, then the full ones."""
         def both(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode):
             B = len(prompts)
-            self.differ = torch.zeros(B, 1, dtype=torch.bool) if image is None else self.key_set_is_smaller(image)
-            if not self.differ.any():               # then one reading is enough
+            if image is not None:
+                self.differ = self.key_set_is_smaller(image)
+            if image is None or not self.differ.any():          # then one reading is enough
                 return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
             answer = generate(model, prompts * 2, image.select([*range(B)] * 2), max_new_tokens, stop_ids,
                               lambda logits: sample(logits[:B]).repeat(2),

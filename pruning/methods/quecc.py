@@ -39,7 +39,8 @@ class QueCC(Pruner):
     keep: float | int = 0.5
     weights: str = "trained"
 
-    name, unit = "quecc", "of each tile"
+    name = "quecc"
+    unit = "of each tile"
     paper = "Li et al. 2025, arXiv 2411.03312"
     merges: ClassVar[bool] = True
 
@@ -174,7 +175,8 @@ def load_compressor(path: Path, device: torch.device) -> Compressor:
     try:
         with safe_open(path, "pt", device=str(device)) as file:
             state = {name: file.get_tensor(name).float() for name in file.keys()}           # noqa: SIM118
-        (text, width), states = state["out.weight"].shape, state["key.0.weight"].shape[1]
+        text, width = state["out.weight"].shape
+        states = state["key.0.weight"].shape[1]
         with torch.device("meta"):
             compressor = Compressor(width, states, text, state["shrink.weight"].shape[-1])
         compressor.load_state_dict(state, assign=True)

@@ -40,7 +40,8 @@ class SGL(SelectOnce):
     consistency: float | int = 0.05         # what the small model keeps when it reads its answer once more
     layer_weight: Literal["none", "gate"] = "none"
 
-    name, paper = "sgl", "Zhao et al. 2025, arXiv 2412.03324"
+    name = "sgl"
+    paper = "Zhao et al. 2025, arXiv 2412.03324"
     keep_states = True                      # its tiles, which the small model encodes for itself
 
     def __post_init__(self):
@@ -78,7 +79,8 @@ class Cascade:
 
     def __call__(self, model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode):
         """Called like `generate.generate`, and returns such an Answer."""
-        sgl, generate = self.sgl, self.generate
+        sgl = self.sgl
+        generate = self.generate
         if image is None or pruner.keeps_all:
             return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
         guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
@@ -97,7 +99,8 @@ class Cascade:
         large = generate(model, [prompts[b] for b in rest], image.select(rest), max_new_tokens, stop_ids,
                          sample, lambda i, token: emit(rest[i], token), pruner, decode)
         for i, b in enumerate(rest):
-            answer.tokens[b], answer.kept[b] = large.tokens[i], large.kept[i]
+            answer.tokens[b] = large.tokens[i]
+            answer.kept[b] = large.kept[i]
         large.ms["prefill"] += answer.ms["prefill"]
         return replace(large, tokens=answer.tokens, seen=answer.seen, kept=answer.kept, early=early)
 
@@ -202,9 +205,11 @@ def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts
            max_new_tokens: int) -> str:
     """What a guide reads otherwise than the model whose tiles, image tokens and prompts these are, or ""."""
     given = [each for each in tiles if each is not None and len(each)]
-    vision, text = guide.vision, guide.text
+    vision = guide.vision
+    text = guide.text
     real = sum(int(each.real.sum()) for each in given)
-    slots, side = given[0].pixels.shape[1], given[0].pixels.shape[-1]
+    slots = given[0].pixels.shape[1]
+    side = given[0].pixels.shape[-1]
     tokens = int((image.coords[..., 0] >= 0).sum()) // real
     named = sum(ids.count(guide.image_token_index) for ids in prompts)
     for what, its, ours in (("pixels along a tile", vision.image_size, side),
@@ -216,7 +221,8 @@ def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts
     for rows, columns in (grid for each in given for grid in each.grid.tolist()):
         if (rows, columns) not in vision.supported_aspect_ratios:
             return f"it knows no {rows} x {columns} tiles"
-    known, highest = text.vocab_size + EXTRA_EMBEDDINGS, max(map(max, prompts))
+    known = text.vocab_size + EXTRA_EMBEDDINGS
+    highest = max(map(max, prompts))
     if highest >= known:
         return f"it knows {known} tokens, but token {highest} is in a prompt"
     longest = max(map(len, prompts)) + max_new_tokens

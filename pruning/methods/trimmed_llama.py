@@ -29,7 +29,8 @@ class TrimmedLlama(SelectOnce):
     per: Literal["head", "kv_head"] = "head"
     budget: float | int | None = None
 
-    name, unit = "trimmed_llama", "per head"
+    name = "trimmed_llama"
+    unit = "per head"
     paper = "Lee et al. 2025, arXiv 2504.00557"
 
     def __post_init__(self):
