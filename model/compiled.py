@@ -1,10 +1,10 @@
 """The decode step, compiled: the very code of `LlamaVision.decode` as one graph, on a GPU one CUDA graph.
 
-A graph wants its tensors in the same place every time, so what a cache holds moves into buffers that the next
-prompt uses again, and a mask says what is real: whatever a pruner keeps, in whichever layers and heads, the
-graph is the same. Lengths and the size of a batch are variables of it, so nothing is compiled more than four
-times: with an image in sight or without, for one row or for several. A CUDA graph is recorded anew for every
-length, though; on a GPU image keys and values are therefore rounded up to whole BUCKETs.
+A graph needs its tensors at the same addresses in every step. So the tensors of a cache are copied into
+static buffers, which the next prompt uses again, and a mask says which tokens are real: the graph is the same
+whatever a pruner keeps, in any layer or head. Lengths and the batch size are variables of the graph, so there
+are at most four compilations: with or without an image, for one sequence or for several. A CUDA graph is
+recorded again for every length, so on a GPU the lengths of image keys are rounded up to whole BUCKETs.
 B batch, G key/value heads, N image tokens, d head width.
 """
 import weakref
@@ -29,19 +29,19 @@ class Compiled:
     """
 
     def __init__(self, decode: Callable[[Tensor, Cache], Tensor], device: torch.device):
-        # Rounded to bf16 wherever the plain path is, or greedy tokens would not stay the same.
+        # Round to bf16 wherever the plain path does: otherwise greedy tokens would differ.
         options = {"emulate_precision_casts": True, "triton.cudagraphs": device.type == "cuda",
                    "post_grad_custom_post_pass": WrittenOut() if device.type == "cpu" else None}
         self.bucket = BUCKET if device.type == "cuda" else 1
         self.decode = torch.compile(decode, fullgraph=True, options=options)
         self.buffers: dict[str, Tensor] = {}
-        self.owner: Callable[[], Cache | None] = lambda: None       # whose contents the buffers have
+        self.owner: Callable[[], Cache | None] = lambda: None       # the cache whose tensors the buffers are
 
     def __call__(self, tokens: Tensor, cache: Cache) -> Tensor:
         self._move_in(cache)
         if len(tokens) > 1:
             torch._dynamo.mark_dynamic(tokens, 0)
-        torch.compiler.cudagraph_mark_step_begin()          # the logits of the last step may be written over
+        torch.compiler.cudagraph_mark_step_begin()          # the logits of the last step may be overwritten
         try:
             return self.decode(tokens, cache)
         except InductorError as error:
@@ -49,9 +49,9 @@ class Compiled:
                              "everything works without compiling, too") from None
 
     def _move_in(self, cache: Cache):
-        """All that does not stand in the buffers yet; the cache is made of them then."""
+        """Copy into the buffers what is not in them yet; the cache then consists of them."""
         if self.owner() is not cache:
-            if self.owner() is not None:            # it is still in use somewhere, and keeps its buffers
+            if self.owner() is not None:            # that cache is still in use: it keeps its buffers
                 self.buffers = {}
             self.owner = weakref.ref(cache)
             for name, buffers in ("keys", cache.text_keys), ("values", cache.text_values):
@@ -64,7 +64,7 @@ class Compiled:
         for i, kv in enumerate(cache.image_kv):
             held = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
             if kv.key is not held[0] or kv.mask is not held[1]:
-                length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # a length of 1 is no variable
+                length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # torch makes no variable of 1
                 cache.image_kv[i] = self._image_buffers(i, kv, length)
 
     def _image_buffers(self, layer: int, kv: ImageKV, length: int) -> ImageKV:
@@ -77,7 +77,7 @@ class Compiled:
                        self._buffer(f"image mask {layer}", mask, length), bias)
 
     def _buffer(self, name: str, held: Tensor, length: int | None = None) -> Tensor:
-        """`held` [B, ...] or [B, G, N, ...] copied to where it will stand, with N rounded up to `length`."""
+        """`held` [B, ...] or [B, G, N, ...], copied into its buffer with N rounded up to `length`."""
         shape = held.shape if length is None else (*held.shape[:2], length, *held.shape[3:])
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != shape:
@@ -95,32 +95,33 @@ class Compiled:
 
 
 class WrittenOut(CustomGraphPass):
-    """On a CPU the product of one row [1, D] and a weight is written out as multiply and sum.
+    """On a CPU, the product of a vector [1, D] and a weight is written as multiply and sum.
 
-    The compiler makes one loop of that, which reads the weight about as fast as memory gives it; the library
-    that is called otherwise takes about twice as long (benchmarks/README.md), and decoding is little else.
+    The compiler makes one loop of that, which reads the weight about as fast as memory can deliver it; the
+    library that is called otherwise takes about twice as long (benchmarks/README.md), and such products are
+    nearly all of decoding.
     """
 
     def __init__(self):
         self.products = patterns.PatternMatcherPass()
         product = patterns.CallFunction(torch.ops.aten.mm.default, patterns.Arg(), patterns.Arg())
-        patterns.register_graph_pattern(product, extra_check=one_row, pass_dict=self.products)(write_out)
+        patterns.register_graph_pattern(product, extra_check=is_vector, pass_dict=self.products)(write_out)
 
     def __call__(self, graph: Graph):
         self.products.apply(graph)
 
     def uuid(self) -> bytes:
-        """Compiled code is stored, and found again, by this too."""
+        """Part of the key under which compiled code is cached."""
         return get_hash_for_files((__file__,))
 
 
-def one_row(match: patterns.Match) -> bool:
+def is_vector(match: patterns.Match) -> bool:
     return match.args[0].meta["val"].shape[0] == 1
 
 
-def write_out(match: patterns.Match, row: Tensor, weight: Tensor):
-    def product(row: Tensor, weight: Tensor) -> Tensor:
-        row = row.as_strided(row.shape, row.stride())       # made once, not anew for each row of the weight
-        return (weight.mT.float() * row.float()).sum(-1)[None].to(row.dtype)
+def write_out(match: patterns.Match, x: Tensor, weight: Tensor):
+    def product(x: Tensor, weight: Tensor) -> Tensor:
+        x = x.as_strided(x.shape, x.stride())               # so that x is computed once, not for every output
+        return (weight.mT.float() * x.float()).sum(-1)[None].to(x.dtype)
 
-    match.replace_by_example(product, [row, weight])
+    match.replace_by_example(product, [x, weight])

@@ -164,7 +164,7 @@ class LlamaVision(nn.Module):
     def flops(self, prompt_tokens: int, grids: list[tuple[int, int]], new_tokens: int = 1) -> dict[str, int]:
         """Operations to encode images of these grids of tiles, to read a prompt, and to decode after it.
 
-        One row, every prompt token seeing every picture. The first new token comes from prefill.
+        One sequence, every prompt token seeing every image. The first new token comes from prefill.
         """
         c = self.config
         N = self.image_tokens(grids)

@@ -86,13 +86,13 @@ class VisionEncoder(nn.Module):
         c = self.config
         real = grid[0] * grid[1]
         tiles = min(real + 1, c.max_num_tiles)
-        rows = tiles * (c.tokens_per_tile + 1)
+        tokens = tiles * (c.tokens_per_tile + 1)
         seeing = real * c.tokens_per_tile
         keys = c.max_num_tiles * (c.tokens_per_tile + c.pad_tokens)
-        layer = (rows * (8 * c.hidden_size ** 2 + 4 * c.hidden_size * c.intermediate_size)
-                 + 4 * c.hidden_size * seeing * (keys + rows - seeing))
+        layer = (tokens * (8 * c.hidden_size ** 2 + 4 * c.hidden_size * c.intermediate_size)
+                 + 4 * c.hidden_size * seeing * (keys + tokens - seeing))
         patches = 2 * tiles * (c.tokens_per_tile - 1) * c.num_channels * c.patch_size ** 2 * c.hidden_size
-        padding = 4 * (rows - seeing) * c.hidden_size * (c.hidden_size + c.intermediate_size + seeing)
+        padding = 4 * (tokens - seeing) * c.hidden_size * (c.hidden_size + c.intermediate_size + seeing)
         return patches + (c.num_hidden_layers + c.num_global_layers) * layer - padding
 
 
