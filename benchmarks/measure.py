@@ -1,9 +1,9 @@
-"""Timing in turns, the ceilings of this machine, and peak memory; nothing here is about any model.
+"""Timing in turns, the ceilings of this machine, and peak memory. Nothing here is about any model.
 
-Things that are compared run in turns, one after the other and again, so that whatever else the machine does
-meets them all alike. A GPU's queue is drained before and after each. Ceilings are the best of a few runs: no
-program moves bytes faster than a large copy (read and written bytes both count) or multiplies faster than
-one large bf16 product. Peak memory is what a job adds, at its highest, to what was held before it.
+Jobs that are compared run in turns, one after the other and again, so that other work on the machine slows
+all of them alike. The device's queue is empty before and after each. Ceilings are the best of a few runs:
+no program moves bytes faster than a large copy (bytes read and bytes written both count), or multiplies
+faster than one large bf16 product. Peak memory is the most that a job adds to the memory in use before it.
 """
 import ctypes
 import gc
@@ -14,37 +14,49 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 from model.clock import drain
 
-COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far beyond any cache
+COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far larger than any cache
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}             # of the square matrices
 CEILING_RUNS = 7
 
-Job = Callable[[], object]
+Result = TypeVar("Result")
+Job = Callable[[], Result]
+
+
+def with_time(job: Job, device: torch.device) -> tuple[float, Result]:
+    """Milliseconds that a job takes, and what it returns."""
+    drain(device)
+    began = time.perf_counter()
+    result = job()
+    drain(device)
+    return (time.perf_counter() - began) * 1000, result
 
 
 def timed(job: Job, device: torch.device) -> float:
     """Milliseconds that a job takes."""
-    drain(device)
-    began = time.perf_counter()
-    job()
-    drain(device)
-    return (time.perf_counter() - began) * 1000
+    return with_time(job, device)[0]
 
 
-def in_turns(jobs: Mapping[Hashable, Job], repeat: int, device: torch.device,
-             warm_up: int = 1) -> dict[Hashable, list[float]]:
-    """Milliseconds of each job in each of `repeat` rounds; those of `warm_up` rounds before are left out."""
-    samples: dict[Hashable, list[float]] = {name: [] for name in jobs}
+def in_turns(jobs: Mapping[Hashable, Job], repeat: int, warm_up: int = 1) -> dict[Hashable, list[Result]]:
+    """What each job returns in each of `repeat` rounds. The `warm_up` rounds before them are not recorded."""
+    results: dict[Hashable, list[Result]] = {name: [] for name in jobs}
     for turn in range(-warm_up, repeat):
         for name, job in jobs.items():
-            ms = timed(job, device)
+            result = job()
             if turn >= 0:
-                samples[name].append(ms)
-    return samples
+                results[name].append(result)
+    return results
+
+
+def times_in_turns(jobs: Mapping[Hashable, Job], repeat: int,
+                   device: torch.device) -> dict[Hashable, list[float]]:
+    """Milliseconds of each job in each of `repeat` rounds, after one round that is not recorded."""
+    return in_turns({name: partial(timed, job, device) for name, job in jobs.items()}, repeat)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
@@ -52,18 +64,18 @@ def ceilings(device: torch.device) -> dict[str, float]:
     kind = "cuda" if device.type == "cuda" else "cpu"
     source = torch.ones(COPY_BYTES[kind] // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
-    copy = min(in_turns({"": partial(target.copy_, source)}, CEILING_RUNS, device)[""])
+    copy = min(times_in_turns({"": partial(target.copy_, source)}, CEILING_RUNS, device)[""])
     side = PRODUCT_SIDE[kind]
     a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
-    product = min(in_turns({"": partial(torch.mm, a, b)}, CEILING_RUNS, device)[""])
+    product = min(times_in_turns({"": partial(torch.mm, a, b)}, CEILING_RUNS, device)[""])
     return {"copy_bytes_per_s": 2 * source.nbytes / copy * 1000,
             "matmul_flops": 2 * side ** 3 / product * 1000}
 
 
 def peak_added(job: Job, device: torch.device) -> int | None:
-    """Bytes that a job adds, at its highest, to what was held before; None where that cannot be known.
+    """The most bytes that a job adds to those in use before it; None if the system does not tell.
 
-    On a GPU what PyTorch allocates; on Linux what the process holds in memory, all of it.
+    On a GPU they are what PyTorch allocates, on Linux all resident memory of the process.
     """
     gc.collect()
     if device.type == "cuda":
@@ -76,27 +88,27 @@ def peak_added(job: Job, device: torch.device) -> int | None:
     if device.type != "cpu" or not knows_peak():
         return None
     libc = ctypes.CDLL(None)
-    if hasattr(libc, "malloc_trim"):            # glibc keeps what was freed, and would hide its second use
+    if hasattr(libc, "malloc_trim"):            # glibc keeps freed memory, and its second use would not show
         libc.malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")         # the peak starts anew from here
-    before = _held("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")         # resets the peak
+    before = _bytes_in_use("VmRSS")
     job()
-    return max(0, _held("VmHWM") - before)
+    return max(0, _bytes_in_use("VmHWM") - before)
 
 
 def knows_peak() -> bool:
-    """Whether the system lets a process reset its own peak of memory."""
+    """Whether a process can reset its own peak of memory on this system."""
     return sys.platform == "linux" and os.access("/proc/self/clear_refs", os.W_OK)
 
 
-def _held(line: str) -> int:
-    """Bytes that /proc says of this process, which counts in kB."""
+def _bytes_in_use(line: str) -> int:
+    """What /proc says of this process, which counts in kB."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return next(int(text.split()[1]) * 1024 for text in status.splitlines() if text.startswith(line + ":"))
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """What was measured on, without a name of its own: the card, or the CPU and the threads it was given."""
+    """The hardware, without the host's name: the GPU, or the CPU and the number of threads."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return {"gpu": torch.cuda.get_device_name(device), "gpu_memory_bytes": memory, "cpu": _cpu_name()}

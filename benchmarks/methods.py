@@ -1,12 +1,12 @@
-"""What every method adds, and what it holds and reads of the image: `python benchmark.py --methods all`.
+"""What each method adds, and what it stores and reads of the image: `python benchmark.py --methods all`.
 
-All methods take turns, in another order every round, so that what one leaves behind in caches and memory does
-not always meet the same neighbour. A round of one is a prompt and some decoded tokens, twice: timed from
-outside, and with the clock on its own hooks, which on a GPU drains the queue each time. So own work is what
-its hooks take, and the difference to the whole image is what it costs or gains all in all: a second branch
-that decoding reads is in the latter alone. Encoding the image counts for nobody. Bytes read are those that
-attention reads at a step; what a method looks up itself to choose is its own work. Where weights are random,
-so are those of a guide and of what is trained.
+All methods take turns, in a new order in every round, so that what one leaves behind in caches and memory
+does not always affect the same one after it. In its round a method answers twice: once as it is, for the
+times of prefill and of a decoded token, and once with a clock on its own work (benchmarks/timed.py). The
+difference to the same time without a method is what a method costs or gains in total: a second branch that
+decoding reads counts there, and not as own work. Encoding the image counts for no method. Bytes read are
+those that attention reads in a decode step; what a method looks up to choose is own work. If the weights
+are random, so are those of a guide and of trained parts.
 """
 import json
 import statistics
@@ -18,44 +18,48 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from benchmarks.subject import Greedy, Subject, Timed, cut, random_model
-from model.cache import Cache
-from model.clock import Clock
+from benchmarks.subject import Subject, cut, random_model
+from benchmarks.timed import Timed
 from model.config import Config
-from model.image_tokens import ImageTokens, kv_bytes
+from model.image_tokens import ImageTokens
 from program import say
 from pruning import Pruner
 from pruning.methods.quecc import Compressor
 from weights import save_model, write_tensors
 
-STRIDE = 2              # patches along a region that is compressed: about a quarter of the tokens are left
+STRIDE = 2              # patches on the side of a region that becomes one token: about a quarter are left
 GUIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 2}
 
 
 def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, prompt_tokens: int,
             new_tokens: int, repeat: int, random: bool) -> list[dict]:
-    """A row for each: medians in milliseconds, and bytes for one question; `random` are the weights."""
+    """A row for each: medians of milliseconds, and bytes for one question; `random` if the weights are."""
     with TemporaryDirectory() as folder:
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
-        views = {str(pruner): subject.tiles(tiles, pruner) for pruner in pruners}
-        vision = any(pruner.keep_states for pruner in pruners)
-        images = {name: subject.model.encode([view], vision) for name, view in views.items()}
-        ids, samples = subject.prompt(batch, prompt_tokens), {str(pruner): [] for pruner in pruners}
+        keep_states = any(pruner.keep_states for pruner in pruners)
+        images = {str(pruner): subject.model.encode([subject.tiles(tiles, pruner)], keep_states)
+                  for pruner in pruners}
+        ids = subject.prompt(batch, prompt_tokens)
+        rounds: dict[str, list[dict[str, float]]] = {str(pruner): [] for pruner in pruners}
         order = Random(0)
         for turn in range(-1, repeat):
             for pruner in order.sample(pruners, len(pruners)):
                 say(f"round {turn + 2} of {repeat + 1}: {pruner}")
-                measured = once(subject, pruner, ids, images[str(pruner)], new_tokens)
+                measured = one_round(subject, pruner, ids, images[str(pruner)], new_tokens)
                 if turn >= 0:
-                    samples[str(pruner)].append(measured)
-    return [{"method": pruner.name, "keep": pruner.keep} | {
-        name: statistics.median(each[name] for each in samples[str(pruner)])
-        for name in samples[str(pruner)][0]} for pruner in pruners]
+                    rounds[str(pruner)].append(measured)
+    return [{"method": pruner.name, "keep": pruner.keep, **medians(rounds[str(pruner)])}
+            for pruner in pruners]
+
+
+def medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """The median of every figure."""
+    return {name: statistics.median(measured[name] for measured in rounds) for name in rounds[0]}
 
 
 def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
-    """With a guide, or a compressor, that fits in place of the bundled one, if it has any; in the folder."""
+    """With a random guide or compressor that fits the model, if the pruner has one; made in `folder`."""
     names = {field.name for field in fields(pruner)}
     if "guide" in names:
         small = cut(config, config.text.cross_attention_layers[0] + 1)
@@ -73,28 +77,15 @@ def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
     return replace(pruner, **{name: str(folder) for name in ("guide", "weights") if name in names})
 
 
-def read_bytes(cache: Cache) -> float:
-    """Of the image keys and values that a step's attention reads: padding does not count."""
-    return sum(float(kv.counts().sum()) * (kv.key.nbytes + kv.value.nbytes) / kv.key[:, 0, :, 0].numel()
-               for kv in cache.image_kv)
-
-
-def once(subject: Subject, pruner: Pruner, ids: Tensor, image: ImageTokens, new_tokens: int
-         ) -> dict[str, float]:
-    """One round of a method."""
-    clock = Clock(subject.device)
-    start = subject.read(ids, image, new_tokens, pruner)
-    prefill = clock.lap()
-    Greedy(subject.model.decode, *start, new_tokens, pruner)()
-    token = clock.lap() / new_tokens
-    timed = Timed(pruner, subject.device)
-    logits, cache = subject.read(ids, image, new_tokens, timed)
-    own, stored = timed.ms, kv_bytes(cache.image_kv + pruner.stored)
-    timed.ms, read = 0.0, []
-    greedy = Greedy(subject.model.decode, logits, cache, 1, timed)
-    for _ in range(new_tokens):
-        read.append(read_bytes(cache))
-        greedy()
-    return {"own_prefill_ms": own, "own_token_ms": timed.ms / new_tokens, "prefill_ms": prefill,
-            "token_ms": token, "stored_bytes": stored / len(ids),
-            "read_bytes": statistics.mean(read) / len(ids)}
+def one_round(subject: Subject, pruner: Pruner, ids: Tensor, image: ImageTokens, new_tokens: int
+              ) -> dict[str, float]:
+    """Times of one answer, and own work and bytes of another one."""
+    answer = subject.answer(ids, image, new_tokens, pruner)
+    clock = Timed(pruner, subject.device)
+    watched = subject.answer(ids, image, new_tokens, clock)
+    return {"own_prefill_ms": clock.ms["prefill"],
+            "own_token_ms": clock.ms["decode"] / new_tokens,
+            "prefill_ms": answer.ms["prefill"],
+            "token_ms": answer.ms["decode"] / new_tokens,
+            "stored_bytes": watched.image_kv_stored / len(ids),
+            "read_bytes": statistics.mean(clock.read[:new_tokens]) / len(ids)}

@@ -257,8 +257,7 @@ def plot(made: dict, path: Path):
     axes.set_title(title(made), fontsize="medium")
     if len(series) > 1:
         figure.legend(loc="outside upper right", ncols=2, frameon=False)
-    with replacing(path) as partial:
-        figure.savefig(partial, dpi=150)
+    figure.savefig(path, dpi=150)
 
 
 def drawn(made: dict) -> tuple[list[str], dict[str, list[float]], str]:

@@ -1,8 +1,9 @@
 """The benchmark: what its figures are made of, its JSON, its page, and bad input in one line.
 
-On the smallest network, so that nothing here depends on how fast anything is. Compiled decoding and
-transformers are stood in for by plain decoding, but for one test of the real peer.
+On a tiny network, and nothing here depends on how fast anything is. Eager decoding stands in for compiled
+decoding, and this project for transformers, except in the tests of the real peer.
 """
+import copy
 import json
 import platform
 import shlex
@@ -15,7 +16,9 @@ import torch
 import benchmark
 from benchmarks import measure, parts, tables, waterfall
 from benchmarks.peer import Peer
-from benchmarks.subject import SHAPES, Greedy, Subject, Timed, cut, fill, grid_of, random_model
+from benchmarks.subject import SHAPES, Subject, cut, fill, grid_of, random_model
+from benchmarks.timed import Timed
+from generate import generate
 from model.decoder import CrossAttentionLayer
 from pruning import Pruner, load
 from weights import config_from_dict
@@ -51,29 +54,27 @@ class Plain:
 
 
 class Twin:
-    """Stands in for Peer: this project once more, with all tile slots' bytes."""
+    """Stands in for Peer: this project once more, with the bytes of all tile slots."""
     version = "9.9"
 
-    def __init__(self, model):
-        self.model, self.images = model, {}
+    def __init__(self, model, static=False):
+        self.model = model
+        self.check_prompts, self.pad_right, self.decode = model.check_prompts, model.pad_right, model.decode
 
     def encode(self, tiles):
-        image = self.model.encode([tiles])
-        self.images[id(image.features)] = image
-        return image.features
+        return self.model.encode([tiles])
 
-    def prefill(self, ids, states, grids, room, static=False):
-        image = self.images[id(states)].expand(len(ids))
-        return self.model.prefill(ids, [ids.shape[1]] * len(ids), image, room)
+    def tokens_seen(self, input_ids, lengths, image):
+        return [0] * len(lengths)
 
-    def decode(self, tokens, cache):
-        return self.model.decode(tokens, cache)
+    def prefill(self, input_ids, lengths, image, max_new_tokens, pruner=None):
+        logits, cache = self.model.prefill(input_ids, lengths, image.expand(len(lengths)), max_new_tokens)
+        bytes_of = cache.image_bytes
+        cache.image_bytes = lambda: 4 * bytes_of()
+        return logits, cache
 
     def corrected(self):
         return torch.inference_mode()
-
-    def image_kv_bytes(self, cache):
-        return 4 * cache.image_bytes()
 
 
 @pytest.fixture
@@ -92,7 +93,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 @pytest.fixture(scope="module")
 def subject():
-    return Subject(random_model(CONFIG, CPU, torch.float32), "tiny", CONFIG)
+    return Subject(random_model(CONFIG, CPU, torch.float32), generate, "tiny", CONFIG)
 
 
 # ----- timing
@@ -100,15 +101,21 @@ def subject():
 
 def test_jobs_take_turns_after_a_warm_up():
     calls = []
-    samples = measure.in_turns({"a": partial(calls.append, "a"), "b": partial(calls.append, "b")}, 2, CPU)
+    jobs = {name: partial(calls.append, name) for name in ("a", "b")}
+    samples = measure.times_in_turns(jobs, 2, CPU)
     assert calls == ["a", "b"] * 3 and {name: len(ms) for name, ms in samples.items()} == {"a": 2, "b": 2}
     assert min(samples["a"] + samples["b"]) > 0
 
 
-@pytest.mark.parametrize(("tokens", "repeat", "expected"), [
-    (32, 7, (7, 4, 1, 32)), (3, 7, (3, 1, 3, 6)), (4, 2, (2, 2, 2, 8)), (1, 1, (1, 1, 3, 4))])
-def test_decoding_is_cut_into_pieces(tokens, repeat, expected):
-    assert waterfall.pace(tokens, repeat) == expected
+def test_rounds_before_the_recorded_ones():
+    numbers = iter(range(20))
+    assert measure.in_turns({"a": lambda: next(numbers), "b": lambda: -next(numbers)}, 2, warm_up=3) == {
+        "a": [6, 8], "b": [-7, -9]}
+
+
+@pytest.mark.parametrize(("tokens", "rounds"), [(32, 1), (3, 1), (2, 2), (1, 3)])
+def test_a_cuda_graph_is_warm_after_three_steps(tokens, rounds):
+    assert waterfall.warm_up_rounds(tokens) == rounds
 
 
 def test_peak_is_what_a_job_adds_and_lets_go():
@@ -143,8 +150,9 @@ def test_shapes_are_whole_models(shape):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_random_weights_are_sane(dtype):
     model = random_model(cut(SHAPES["tiny"](), 2), CPU, dtype)
-    subject = Subject(model, "tiny", CONFIG)
-    logits, _ = subject.read(subject.prompt(2, 9), model.encode([subject.tiles(2, Pruner())]), 1, Pruner())
+    subject = Subject(model, generate, "tiny", CONFIG)
+    image = model.encode([subject.tiles(2, Pruner())])
+    logits, _ = model.prefill(subject.prompt(2, 9), [9, 9], image.expand(2), 1)
     assert {p.dtype for p in model.parameters()} == {dtype}
     assert logits.isfinite().all() and 0.3 < logits.std() < 3
     weight = model.lm_head.weight.float()
@@ -173,29 +181,88 @@ def test_linears_of_a_step_leave_out_the_reading_of_the_image(subject):
 
 
 def test_the_whole_prefill_is_put_together_from_a_slice(subject):
-    sliced = Subject(random_model(cut(CONFIG, 2), CPU, torch.float32), "tiny", CONFIG)
-    assert sliced.whole_prefill(image_ms=10, text_ms=4, head_ms=1) == 1 + 3 * 3 / 1 + 6 * 2 / 1
-    assert subject.whole_prefill(image_ms=10, text_ms=4, head_ms=1) == 10
+    sliced = Subject(random_model(cut(CONFIG, 2), CPU, torch.float32), generate, "tiny", CONFIG)
+    assert sliced.complete_prefill(image_ms=10, text_ms=4, head_ms=1) == 1 + 3 * 3 / 1 + 6 * 2 / 1
+    assert subject.complete_prefill(image_ms=10, text_ms=4, head_ms=1) == 10
 
 
-def test_a_timed_pruner_does_what_the_one_inside_does(subject):
-    ids, image = subject.prompt(2, 9), subject.model.encode([subject.tiles(4, Pruner())])
-    for inner in load("trimmed_llama", keep=0.3), load("random", keep=0.5), load("fastv"):
-        clock = Timed(inner, CPU)
-        (expected, held), (logits, kept) = (subject.read(ids, image, 2, p) for p in (inner, clock))
-        assert torch.equal(logits, expected) and held.kept() == kept.kept() and clock.ms > 0
+class FakeTime:
+    """A clock of `measure` on which only `work` takes time."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr("benchmarks.measure.time.perf_counter", lambda: self.now)
+
+    def work(self, ms: float):
+        self.now += ms / 1000
 
 
-def test_greedy_goes_on_where_it_stopped(subject):
-    ids, image = subject.prompt(1, 9), subject.model.encode([subject.tiles(1, Pruner())])
-    logits, cache = subject.read(ids, image, 6, Pruner())
-    job, tokens = Greedy(subject.model.decode, logits, cache, 2, Pruner()), [logits.argmax(-1)]
-    job()
-    job()
-    _, cache = subject.read(ids, image, 6, Pruner())
-    for _ in range(4):
-        tokens.append(subject.model.decode(tokens[-1], cache).argmax(-1))
-    assert torch.equal(job.tokens, tokens[-1]) and job.step == 4
+@pytest.mark.parametrize("method", ["trimmed_llama", "random", "fastv", "mint", "elastic_cache"])
+def test_a_timed_pruner_does_what_the_one_inside_does(subject, method):
+    ids, image = subject.prompt(2, 9), subject.model.encode([subject.tiles(4, Pruner())], keep_states=True)
+    inner = load(method, keep=0.5)
+    expected = subject.answer(ids, image, 3, inner)
+    clock = Timed(inner, CPU)
+    answer = subject.answer(ids, image, 3, clock)
+    assert (answer.tokens, answer.kept, answer.image_kv_bytes, answer.image_kv_stored) == (
+        expected.tokens, expected.kept, expected.image_kv_bytes, expected.image_kv_stored)
+    assert clock.ms["prefill"] > 0 and clock.ms["decode"] > 0
+    assert len(clock.read) == 4                                     # after prefill and after 3 steps
+
+
+def test_the_clock_of_a_pruner_counts_its_hooks_and_nothing_else(subject, monkeypatch):
+    time = FakeTime(monkeypatch)
+
+    class Slow(Pruner):
+        """1 ms to begin, 2 when encoded, 4 at each of 2 layers, 8 and 16 around, 32 a step."""
+        keeps_all = False
+
+        def begin(self, model):
+            time.work(1)
+
+        def encoded(self, image, prompts):
+            time.work(2)
+            return image
+
+        def layer(self, i, queries, image, kv):
+            time.work(4)
+            return image, kv
+
+        def stepped(self, step, queries, image_kv):
+            time.work(32)
+            return image_kv
+
+        def around(self, generate):
+            def run(model, *args):
+                time.work(8)
+                generate(copy.copy(model), *args[:-2], Second(), None)
+                answer = generate(model, *args)
+                time.work(16)
+                return answer
+            return run
+
+    class Second(Pruner):
+        """64 ms in a second model."""
+        keeps_all = False
+
+        def begin(self, model):
+            time.work(64)
+
+    clock = Timed(Slow(), CPU)
+    subject.answer(subject.prompt(2, 9), subject.model.encode([subject.tiles(1, Pruner())]), 3, clock)
+    assert clock.ms["prefill"] == pytest.approx(1 + 2 + 2 * 4 + 8 + 16 + 64)
+    assert clock.ms["decode"] == pytest.approx(3 * 32)
+
+
+def test_decoding_is_that_of_generate(subject):
+    """The decode steps of an answer are counted without the first token, which comes from prefill."""
+    ids, image = subject.prompt(2, 9), subject.model.encode([subject.tiles(1, Pruner())])
+    answer = subject.answer(ids, image, 4)
+    expected = generate(subject.model, ids.tolist(), image.expand(2), 5, ())
+    assert answer.tokens == expected.tokens and answer.decoded == 2 * 4
+    prefill = subject.answer(ids, image, 0)
+    assert [len(tokens) for tokens in prefill.tokens] == [1, 1] and prefill.decoded == 0
+    assert subject.answer(subject.prompt(2, 9, image=False), None, 1).image_kv_bytes == 0
 
 
 # ----- the waterfall
@@ -203,15 +270,25 @@ def test_greedy_goes_on_where_it_stopped(subject):
 
 def test_what_is_put_back_changes_no_logit(subject):
     ids, model = subject.prompt(2, 9), subject.model
-    image = model.encode([subject.tiles(1, Pruner())])
-    (logits, plain), (_, slow) = (subject.read(ids, image, 4, Pruner()) for _ in range(2))
+    image = model.encode([subject.tiles(1, Pruner())]).expand(2)
+    (logits, plain), (_, slow) = (model.prefill(ids, [9, 9], image, 4) for _ in range(2))
+    plain.image_kv = Pruner().prefilled(plain.image_kv)
     slots = 4 * CONFIG.vision.tokens_per_tile
-    slow.images = [waterfall.all_slots(kv, slots) for kv in slow.images]
-    assert {kv.key.shape[2] for kv in slow.images} == {slots}
+    slow.image_kv = waterfall.AllSlots(slots).prefilled(slow.image_kv)
+    assert {kv.key.shape[2] for kv in slow.image_kv} == {slots}
     lever, tokens = waterfall.PutBack(model, 9, grow=True, repeat=True), logits.argmax(-1)
     for _ in range(3):
         torch.testing.assert_close(lever(tokens, slow), model.decode(tokens, plain), atol=1e-5, rtol=0)
-    assert lever.held == 12
+    assert lever.length == 12
+
+
+def test_bars_read_all_slots_where_they_say_so(subject):
+    jobs = waterfall.answers(subject, None, load("random", keep=0.5), 1, 1, 9, 2)
+    bytes_of = {name: job().image_kv_bytes for name, job in jobs.items() if "compiled" not in name}
+    full = bytes_of["real tiles only"]
+    assert bytes_of["static text cache"] == full > 0
+    assert bytes_of["this project, everything put back"] == 4 * full
+    assert bytes_of["keys and values not repeated"] == 4 * full
 
 
 def test_waterfall(run):
@@ -249,7 +326,7 @@ def test_every_part_beside_transformers(run):
         for ours in ("eager", "compiled") for how in ("eager", "static cache, compiled")]
     assert [row["ours"] == "compiled" for row in decode] == [row.get("first_call_s", 0) > 0 for row in decode]
     assert ["static" in row["peer"] for row in decode] == ["peer_first_call_s" in row for row in decode]
-    assert "trimmed_llama, keep 0.3 per head; layer 0 keeps all in prefill: the first call, which" in out
+    assert f"{load('trimmed_llama', keep=0.3)}: the first call, which" in out
     kv = [row for row in rows if row["component"] == "image_kv"]
     assert {row["ratio"] for row in kv if row["method"] == "none"} == {4.0} and len(kv) == 8
     assert [equal["tiles"] for equal in made["equal"]] == [1, 2]
@@ -301,7 +378,8 @@ def test_the_real_transformers(subject):
     peer = Peer(subject.model)
     args = benchmark.argparse.Namespace(prompt_tokens=9, new_tokens=2, repeat=1, batch=[2], compile=False,
                                         preset=None)
-    bench = parts.Bench(args, subject, peer, [Pruner()], {"copy_bytes_per_s": 1e9, "matmul_flops": 1e9})
+    ceilings = {"copy_bytes_per_s": 1e9, "matmul_flops": 1e9}
+    bench = parts.Bench(args, subject, {parts.EAGER: peer}, [Pruner()], ceilings)
     made = {"rows": [], "equal": []}
     bench.run(1, made)
     assert made["equal"][0]["max_difference"] < 1e-4 < made["equal"][0]["std"]

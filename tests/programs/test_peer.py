@@ -1,5 +1,5 @@
 """The transformers that the benchmark compares with: the same weights, the same numbers once it is corrected,
-the same inputs of every pass as its own `generate` gives, and one graph where it compiles.
+the same inputs of every pass as its own `generate` passes, one graph where it compiles, and our decode loop.
 """
 import sys
 from dataclasses import replace
@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig
 
-from benchmarks.peer import Peer
+from benchmarks.peer import Peer, PeerImage
+from generate import generate
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.image_tokens import Tiles
 from model.llama_vision import LlamaVision
@@ -39,37 +40,38 @@ def no_grad():
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "tiny"])
-def pair(request, randomise) -> tuple[LlamaVision, Peer]:
+def pair(request, randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
     return make(request.param, randomise)
 
 
 @pytest.fixture(scope="module")
-def plain(randomise) -> tuple[LlamaVision, Peer]:
+def plain(randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
     return make("plain", randomise)
 
 
-def make(name: str, randomise) -> tuple[LlamaVision, Peer]:
+def make(name: str, randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
+    """Ours, and transformers without and with a static cache."""
     if name == "tiny":
         ours = load_model("tiny", dtype="fp32").requires_grad_(False)
     else:
         ours = randomise(LlamaVision(SHAPES[name]), SHAPES[name].vision, seed=1).requires_grad_(False)
-    return ours, Peer(ours)
+    return ours, {static: Peer(ours, static) for static in (False, True)}
 
 
 def prompts(config: Config, batch: int, images: int = 1) -> Tensor:
-    """Text, the images side by side, text: other text in every row, as long in each."""
+    """Text, the images side by side, text: other text in every sequence, of the same length."""
     ids = torch.randint(3, 50, (batch, 11), generator=torch.Generator().manual_seed(batch))
     ids[:, 4:4 + images] = config.image_token_index
     return ids
 
 
-def answer(peer: Peer, ids: Tensor, states: Tensor, grids: list, steps: int, static: bool) -> Tensor:
+def answer(peer: Peer, ids: Tensor, image: PeerImage, steps: int) -> Tensor:
     """The logits of a greedy answer [steps + 1, B, V]."""
-    logits, cache = peer.prefill(ids, states, grids, steps, static)
-    rows = [logits]
+    logits, cache = peer.prefill(ids, [ids.shape[1]] * len(ids), image, steps)
+    steps_logits = [logits]
     for _ in range(steps):
-        rows.append(peer.decode(rows[-1].argmax(-1), cache))
-    return torch.stack(rows)
+        steps_logits.append(peer.decode(steps_logits[-1].argmax(-1), cache))
+    return torch.stack(steps_logits)
 
 
 # ----- the same network
@@ -79,12 +81,14 @@ def answer(peer: Peer, ids: Tensor, states: Tensor, grids: list, steps: int, sta
 @pytest.mark.parametrize("grids", [[(1, 1)], [(1, 2)], [(2, 2)], [(2, 1), (1, 1)]], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
 def test_equal_once_corrected(pair, draw, batch, grids, static):
-    """Prefill and greedy steps; its cache holds every tile slot, ours the real tiles: 4x for one tile."""
-    ours, peer = pair
+    """Prefill and greedy steps; its cache has every tile slot, ours the real tiles: 4x for one tile."""
+    ours, peers = pair
+    peer = peers[static]
     tiles, ids = draw(grids, ours.config.vision), prompts(ours.config, batch, len(grids))
-    logits, cache = ours.prefill(ids, [ids.shape[1]] * batch, ours.encode([tiles]).expand(batch), STEPS)
+    lengths = [ids.shape[1]] * batch
+    logits, cache = ours.prefill(ids, lengths, ours.encode([tiles]).expand(batch), STEPS)
     with peer.corrected():
-        theirs, their_cache = peer.prefill(ids, peer.encode(tiles), grids, STEPS, static)
+        theirs, their_cache = peer.prefill(ids, lengths, peer.encode(tiles), STEPS)
         assert logits.std() > 0.5                                   # so that 1e-4 says something
         torch.testing.assert_close(theirs, logits, **CLOSE)
         for _ in range(STEPS):
@@ -92,31 +96,52 @@ def test_equal_once_corrected(pair, draw, batch, grids, static):
             logits = ours.decode(tokens, cache)
             torch.testing.assert_close(peer.decode(tokens, their_cache), logits, **CLOSE)
     real, slots = sum(rows * columns for rows, columns in grids), 4 * len(grids)
-    assert peer.image_kv_bytes(their_cache) * real == cache.image_bytes() * slots
+    assert their_cache.image_bytes() * real == cache.image_bytes() * slots
+
+
+@pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
+def test_both_are_decoded_by_the_same_loop(pair, draw, static):
+    """`generate` gives the same answers of both."""
+    ours, peers = pair
+    peer = peers[static]
+    tiles, ids = draw([(1, 2)], ours.config.vision), prompts(ours.config, 2)
+    expected = generate(ours, ids.tolist(), ours.encode([tiles]).expand(2), STEPS + 1, ())
+    with peer.corrected():
+        theirs = generate(peer, ids.tolist(), peer.encode(tiles), STEPS + 1, ())
+    assert theirs.tokens == expected.tokens and theirs.decoded == expected.decoded == 2 * STEPS
+    assert theirs.image_kv_bytes == 2 * expected.image_kv_bytes and theirs.kept == [[], []]
+    assert theirs.seen == [2 * count for count in expected.seen]
+    text = ours.config.text
+    own = text.num_hidden_layers - len(text.cross_attention_layers)
+    tokens = ids.shape[1] + STEPS + 1 if static else ids.shape[1] + STEPS           # the last one is not read
+    assert theirs.text_kv_bytes == own * 2 * text.num_key_value_heads * text.head_dim * 4 * 2 * tokens
 
 
 def test_both_deviations_are_left_as_shipped(plain, draw):
     """Each of them alone changes the numbers, and `corrected` leaves nothing behind."""
-    ours, peer = plain
-    grids, ids = [(1, 1)], prompts(ours.config, 1)
-    tiles = draw(grids, ours.config.vision)
+    ours, peers = plain
+    peer = peers[False]
+    ids = prompts(ours.config, 1)
+    tiles = draw([(1, 1)], ours.config.vision)
     logits, _ = ours.prefill(ids, [11], ours.encode([tiles]), 1)
     shipped = peer.encode(tiles)
     with peer.corrected():
-        states = peer.encode(tiles)
-        late_taps, _ = peer.prefill(ids, shipped, grids, 1)
-        corrected, _ = peer.prefill(ids, states, grids, 1)
-    leaky_rows, _ = peer.prefill(ids, states, grids, 1)
-    both, _ = peer.prefill(ids, shipped, grids, 1)
+        image = peer.encode(tiles)
+        late_taps, _ = peer.prefill(ids, [11], shipped, 1)
+        corrected, _ = peer.prefill(ids, [11], image, 1)
+    leaky_positions, _ = peer.prefill(ids, [11], image, 1)
+    both, _ = peer.prefill(ids, [11], shipped, 1)
     torch.testing.assert_close(corrected, logits, **CLOSE)
-    for wrong in late_taps, leaky_rows, both:
+    for wrong in late_taps, leaky_positions, both:
         assert (wrong - logits).abs().max() > DIFFERENT
-    assert torch.equal(peer.encode(tiles), shipped) and not torch.equal(states, shipped)
+    assert torch.equal(peer.encode(tiles).states, shipped.states)
+    assert not torch.equal(image.states, shipped.states)
 
 
 def test_the_same_memory(pair):
     """Every parameter is ours, and nothing is left without memory."""
-    ours, peer = pair
+    ours, peers = pair
+    peer = peers[False]
     held = {parameter.data_ptr(): parameter.shape for parameter in ours.parameters()}
     theirs = list(peer.model.parameters())
     assert {parameter.data_ptr(): parameter.shape for parameter in theirs} == held
@@ -132,13 +157,14 @@ def test_the_same_memory(pair):
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_like_its_own_generate(plain, draw, monkeypatch, batch, static):
-    """The same logits, and in every step the very inputs that its generate gives."""
-    ours, peer = plain
-    grids, ids = [(1, 2)], prompts(ours.config, batch)
-    tiles, inputs = draw(grids, ours.config.vision), []
+    """The same logits, and in every step the very inputs that its generate passes."""
+    ours, peers = plain
+    peer = peers[static]
+    ids = prompts(ours.config, batch)
+    tiles, inputs = draw([(1, 2)], ours.config.vision), []
     hook = peer.model.register_forward_pre_hook(lambda *call: inputs.append(call[2]), with_kwargs=True)
     monkeypatch.setattr(peer, "eager", True)                # as its generate does on a CPU
-    logits = answer(peer, ids, peer.encode(tiles), grids, STEPS, static)
+    logits = answer(peer, ids, peer.encode(tiles), STEPS)
     run, inputs[:] = inputs[:], []
     peer.model.generation_config.eos_token_id = None                # or it may stop early
     expected = peer.model.generate(
@@ -167,31 +193,32 @@ def given(call: dict, peer: Peer) -> dict:
 
 
 def test_logits_of_the_last_position_only(plain, draw):
-    ours, peer = plain
+    ours, peers = plain
+    peer = peers[False]
     tiles, shapes = draw([(1, 1)], ours.config.vision), []
     hook = peer.model.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(args[0].shape))
-    logits, _ = peer.prefill(prompts(ours.config, 3), peer.encode(tiles), [(1, 1)], 1)
+    logits, _ = peer.prefill(prompts(ours.config, 3), [11] * 3, peer.encode(tiles), 1)
     hook.remove()
     assert shapes == [(3, 1, 32)] and logits.shape == (3, 60) and logits.dtype == torch.float32
 
 
 def test_images_of_their_own(plain, draw):
     """An image for each sequence gives what each sequence gives alone."""
-    ours, peer = plain
+    ours, peers = plain
+    peer = peers[False]
     ids, grids = prompts(ours.config, 2), [(1, 1)]
-    tiles = draw(grids * 2, ours.config.vision)
-    states = peer.encode(tiles)
-    both, _ = peer.prefill(ids, states, grids, 1)
-    for row in 0, 1:
-        alone, _ = peer.prefill(ids[row:row + 1], states[row:row + 1], grids, 1)
-        torch.testing.assert_close(both[row:row + 1], alone, atol=1e-5, rtol=0)
+    states = peer.encode(draw(grids * 2, ours.config.vision)).states
+    both, _ = peer.prefill(ids, [11] * 2, PeerImage(states, grids), 1)
+    for b in 0, 1:
+        alone, _ = peer.prefill(ids[b:b + 1], [11], PeerImage(states[b:b + 1], grids), 1)
+        torch.testing.assert_close(both[b:b + 1], alone, atol=1e-5, rtol=0)
     assert (both[0] - both[1]).abs().max() > DIFFERENT
 
 
 def test_one_graph(plain, draw, monkeypatch):
-    """The compiled step is one whole graph for any number of prompts of a shape, and says what eager says."""
-    ours, peer = plain
-    graphs = []
+    """The compiled step is one graph for all prompts of a shape, and gives what eager decoding gives."""
+    ours, peers = plain
+    peer, graphs = peers[True], []
 
     def backend(graph: torch.fx.GraphModule, inputs: list, mode: str):
         graphs.append((graph, mode))
@@ -201,14 +228,32 @@ def test_one_graph(plain, draw, monkeypatch):
     assert (peer.compiling.mode, peer.compiling.backend) == (default.mode, default.backend)
     monkeypatch.setattr(peer, "compiling", CompileConfig(fullgraph=peer.compiling.fullgraph, backend=backend,
                                                          dynamic=peer.compiling.dynamic))
-    ids, grids = prompts(ours.config, 2), [(1, 1)]
-    states = peer.encode(draw(grids, ours.config.vision))
+    ids = prompts(ours.config, 2)
+    image = peer.encode(draw([(1, 1)], ours.config.vision))
     for text in ids, ids.flip(0):
-        compiled = answer(peer, text, states, grids, STEPS, static=True)
-        eager = answer(peer, text, states, grids, STEPS, static=False)
+        compiled = answer(peer, text, image, STEPS)
+        eager = answer(peers[False], text, image, STEPS)
         torch.testing.assert_close(compiled, eager, atol=1e-5, rtol=0)
         assert torch.equal(compiled.argmax(-1), eager.argmax(-1))
     assert [mode for _, mode in graphs] == ["reduce-overhead"]
+
+
+def test_a_static_cache_is_used_again(plain, draw):
+    """At the same addresses, as a CUDA graph needs, without the last prompt; one shape at a time."""
+    ours, peers = plain
+    peer, ids = peers[True], prompts(ours.config, 2)
+    images = [peer.encode(draw([grid], ours.config.vision)) for grid in ((1, 1), (2, 2))]
+    with peer.corrected():                                          # which decodes eagerly
+        first, cache = peer.prefill(ids, [11] * 2, images[0], STEPS)
+        places = [layer.keys.data_ptr() for layer in cache.kv.layers]
+        peer.decode(first.argmax(-1), cache)
+        other, _ = peer.prefill(ids.flip(0), [11] * 2, images[1], STEPS)
+        again, cache = peer.prefill(ids, [11] * 2, images[0], STEPS)
+        assert places == [layer.keys.data_ptr() for layer in cache.kv.layers]
+        torch.testing.assert_close(again, first, atol=0, rtol=0)
+        assert (other - first).abs().max() > DIFFERENT
+        peer.prefill(ids, [11] * 2, images[0], STEPS + 1)
+        assert len(peer.static_caches) == 1
 
 
 # ----- refused in one line
@@ -226,18 +271,20 @@ def test_without_transformers(randomise, monkeypatch, package, words):
 
 
 def test_bad_input(plain, draw):
-    ours, peer = plain
-    ids, states = prompts(ours.config, 3), peer.encode(draw([(1, 1)] * 2, ours.config.vision))
-    for given_states, grids, words in (
-            (states, [(1, 1)], "2 encoded images for 3 sequences with 1"),
-            (states, [(1, 1)] * 2, "sequence 0 has 1 image tokens in its text but 2"),
-            (states[:0], [], "0 encoded images")):
+    ours, peers = plain
+    peer = peers[False]
+    ids, states = prompts(ours.config, 3), peer.encode(draw([(1, 1)] * 2, ours.config.vision)).states
+    for given_states, grids, lengths, words in (
+            (states, [(1, 1)], [11] * 3, "2 encoded images for 3 sequences with 1"),
+            (states, [(1, 1)] * 2, [11] * 3, "sequence 0 has 1 image tokens in its text but 2"),
+            (states[:0], [], [11] * 3, "0 encoded images"),
+            (states[:1], [(1, 1)], [11, 9, 10], "prompts of 9 to 11 tokens")):
         with pytest.raises(ValueError, match=words) as error:
-            peer.prefill(ids, given_states, grids, 1)
+            peer.prefill(ids, lengths, PeerImage(given_states, grids), 1)
         assert "\n" not in str(error.value)
 
 
-def test_a_first_layer_that_looks_is_refused(randomise):
+def test_cross_attention_in_the_first_layer_is_refused(randomise):
     """Its masks are as long as the cache of the first layer, there the image's."""
     config = Config(SHAPES["plain"].vision, replace(TEXT, cross_attention_layers=(0, 3)), 60)
     with pytest.raises(ValueError, match="cannot decode where the first layer is a cross-attention layer"):
@@ -246,9 +293,10 @@ def test_a_first_layer_that_looks_is_refused(randomise):
 
 def test_encode_takes_images_of_all_grids(plain, draw):
     """Side by side as alone, and all their tile slots."""
-    ours, peer = plain
+    ours, peers = plain
+    peer = peers[False]
     tiles = draw([(1, 1), (2, 2), (1, 3)], ours.config.vision)
-    states = peer.encode(tiles)
-    assert states.shape == (3, 4 * 5, 32)
+    image = peer.encode(tiles)
+    assert image.states.shape == (3, 4 * 5, 32) and image.grids == [(1, 1), (2, 2), (1, 3)]
     alone = peer.encode(Tiles(tiles.pixels[1:2], tiles.grid[1:2]))
-    torch.testing.assert_close(states[1:2], alone, atol=1e-5, rtol=0)
+    torch.testing.assert_close(image.states[1:2], alone.states, atol=1e-5, rtol=0)
