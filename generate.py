@@ -49,7 +49,8 @@ from pruning import Pruner
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
-from weights.images import ImageProcessor, open_image
+from weights.image_file import open_image
+from weights.images import ImageProcessor
 from weights.messages import quoted
 from weights.tokenizer import ChatTokenizer, Detokenizer, messages
 

@@ -37,17 +37,29 @@ def exists(path: Path) -> bool:
     return True
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, open for reading. Raises ValueError with one line.
+def regular_file(path: str | os.PathLike) -> BinaryIO:
+    """A regular file, open for reading. Raises OSError as `open` does, and ENXIO for any other kind of file.
 
-    A pipe or a device is refused before it is opened: reading one could wait forever or never end.
+    Opening a pipe would wait for a writer, and a device may never end. What was opened is what is checked:
+    the same path can lead elsewhere a moment later.
     """
+    file = open(path, "rb", opener=_open_without_waiting)           # noqa: SIM115  the caller closes it
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.ENXIO, "this is a pipe, a socket or a device, not a file")
+    return file
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))      # Windows has no pipes among its files
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """A regular file, open for reading. Raises ValueError with one line."""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-            raise ValueError(f"{named(path)}: this is {kind}, not a file")
-        return path.open("rb")
+        return regular_file(path)
+    except IsADirectoryError:
+        raise ValueError(f"{named(path)}: this is a folder, not a file") from None
     except OSError as error:
         raise unreadable(path, error) from None
 

@@ -70,7 +70,8 @@ def bare(*args: str) -> Prepare:
     return lambda bench: [*args]
 
 
-def random_image(name: str, content: bytes | None = None) -> Prepare:
+def image(name: str, content: bytes | None = None) -> Prepare:
+    """A question about the image file `name`, which is written first if it has a content."""
     return lambda bench: ["--image", bench.path(name, content), *QUESTION]
 
 
@@ -179,25 +180,33 @@ def index(*files: str) -> tuple[str, bytes]:
 
 
 IMAGES = [
-    ("missing", random_image("none.png"), "none.png", "no such file"),
-    ("a folder", random_image("."), "a folder; name one image"),
-    ("empty", random_image("e.png", b""), "e.png: empty"),
+    ("missing", image("none.png"), "none.png", "no such file"),
+    ("a folder", image("."), "a folder; name one image"),
+    ("empty", image("e.png", b""), "e.png: empty"),
     ("no path", flags("--image", ""), "image"),
-    ("a text", random_image("notes.txt", b"a red star\n"), "notes.txt: not an image", "PNG"),
-    ("a text called png", random_image("notes.png", b"a red star\n"), "notes.png: not an image"),
-    ("SVG", random_image("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg: not an image"),
-    ("PDF", random_image("x.pdf", b"%PDF-1.7\n%%EOF"), "x.pdf: not an image"),
-    ("EPS", random_image("x.eps", drawn("EPS")), "x.eps: not an image"),
-    ("signature only", random_image("s.png", drawn("PNG")[:8]), "s.png: "),
-    ("cut PNG", random_image("c.png", drawn("PNG")[:60]), "c.png: damaged", "save it again"),
-    ("cut JPEG", random_image("c.jpg", drawn("JPEG")[:-100]), "c.jpg: damaged", "save it again"),
-    ("cut WebP", random_image("c.webp", drawn("WEBP")[:-10]), "c.webp: "),
-    ("bomb", random_image("bomb.png", png_of_size(60000, 60000)), "bomb.png: over", "pixels"),
-    ("no pixels", random_image("n.png", png_of_size(0, 4)), "n.png: "),
-    ("NaN pixels", random_image("n.tif", drawn("TIFF", "F", float("nan"))), "n.tif: ", "NaN"),
-    ("NUL in the path", random_image("a\0b.png"), "null"),
-    ("line break in the path", random_image("a\nb.png"), "no such file"),
-    ("second", lambda b: [*piped(b"", image=True)(b), *random_image("b.png")(b)], "b.png: no such file"),
+    ("a text", image("notes.txt", b"a red star\n"), "notes.txt: not an image", "PNG"),
+    ("a text called png", image("notes.png", b"a red star\n"), "notes.png: not an image"),
+    ("SVG", image("x.svg", b"<svg xmlns='http://www.w3.org/2000/svg'/>"), "x.svg: not an image"),
+    ("PDF", image("x.pdf", b"%PDF-1.7\n%%EOF"), "x.pdf: not an image"),
+    ("EPS", image("x.eps", drawn("EPS")), "x.eps: not an image", "PNG, JPEG"),
+    ("TGA", image("x.tga", drawn("TGA")), "x.tga: not an image", "PNG, JPEG"),
+    ("signature only", image("s.png", drawn("PNG")[:8]), "s.png: "),
+    ("cut PNG", image("c.png", drawn("PNG")[:60]), "c.png: damaged", "save it again"),
+    ("cut JPEG", image("c.jpg", drawn("JPEG")[:-100]), "c.jpg: damaged", "save it again"),
+    ("cut WebP", image("c.webp", drawn("WEBP")[:-10]), "c.webp: "),
+    ("bomb", image("bomb.png", png_of_size(60000, 60000)), "bomb.png: over", "pixels"),
+    ("strip", image("strip.png", png_of_size(1, 89_000_000)), "strip.png: 1 x 89000000 pixels", "2 GiB"),
+    ("no pixels", image("n.png", png_of_size(0, 4)), "n.png: "),
+    ("NaN pixels", image("n.tif", drawn("TIFF", "F", float("nan"))), "n.tif: ", "NaN"),
+    ("NUL in the path", image("a\0b.png"), "null"),
+    ("a device", image("/dev/zero"), "/dev/zero: a pipe, a socket or a device", "save the image as a file"),
+    ("a URL", flags("--image", "https://example.org/a.png"), "a URL", "download it first"),
+    ("a data URI", flags("--image", "data:image/png;base64,iVBO"), "a data URI", "a path"),
+    ("base64", flags("--image", "iVBORw0KGgo" + "A" * 262_000), "base64 text", "a path"),
+    ("a long name", flags("--image", "x" * 300), "xxx: cannot be read", "check the path"),
+    ("a name that is not UTF-8", flags("--image", "caf\udce9.png"), "caf\\udce9.png: no such file"),
+    ("line break in the path", image("a\nb.png"), "no such file"),
+    ("second", lambda b: [*piped(b"", image=True)(b), *image("b.png")(b)], "b.png: no such file"),
 ]
 
 LENGTH, HEAT, MASS = "--max-new-tokens", "--temperature", "--top-p"
@@ -330,6 +339,7 @@ TEXT_SIDE = [
     ("other tile size", preprocessor("size", {"height": 560, "width": 560}), "560", "image_size is 112"),
     ("too many tiles", preprocessor("max_image_tiles", 9), "max_image_tiles is 9"),
     ("two colours", preprocessor("image_mean", [0.5, 0.5]), "image_mean", "three numbers"),
+    ("infinite pixels", preprocessor("image_std", [1e-50, 1, 1]), PIXELS, "image_std", "not finite"),
 ]
 
 def method(content: str, named: str = "Mine") -> Prepare:

@@ -12,7 +12,8 @@ from pruning import Pruner, load, visualize
 from pruning.pruner import HOOKS
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map, wrap
-from weights.images import ImageProcessor, open_image
+from weights.image_file import open_image
+from weights.images import ImageProcessor
 from weights.tokenizer import messages
 
 S, P = 32, 4                                    # a tile's side in pixels, and in patches
