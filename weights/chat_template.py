@@ -210,7 +210,7 @@ def _part(part: dict, role: str) -> str | None:
     """The text of a part, None for an image. What else is in it is left out."""
     kind = part.get("type") if isinstance(part, dict) else None
     if kind == "text":
-        return _valid(f"text of a {role} message", part.get("text"))
+        return _valid(f"text of the {role} message", part.get("text"))
     if kind != "image":
         raise ValueError(f'each part of a {role} message must be {{"type": "image"}} or {{"type": "text", '
                          f'"text": ...}}, not {quoted(part)}; images are given beside the messages')

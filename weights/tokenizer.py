@@ -62,14 +62,6 @@ def messages(prompt: str, images: int = 0, system: str | None = None,
     return [*first, *history, {"role": "user", "content": content}]
 
 
-def check_length(prompt_tokens: int, max_new_tokens: int, max_position_embeddings: int):
-    """Raise ValueError where a prompt and the new tokens asked for do not fit into the model's context."""
-    total = prompt_tokens + max_new_tokens
-    if total > max_position_embeddings:
-        raise ValueError(f"{prompt_tokens} prompt tokens and {max_new_tokens} new ones make {total}, but the "
-                         f"context holds {max_position_embeddings}: shorten the prompt or ask for fewer")
-
-
 class ChatTokenizer:
     """Tokenizer and chat template of one checkpoint; `stop_ids` are the tokens that end an answer."""
 
@@ -247,8 +239,10 @@ def _eos_token(settings: dict, path: Path) -> str | None:
     """The end-of-text token that tokenizer_config.json names, for templates that write it."""
     eos = settings.get("eos_token")
     eos = eos.get("content") if isinstance(eos, dict) else eos
-    if not isinstance(eos, (str, type(None))):
-        raise ValueError(f"{named(path)}: eos_token must be text, not {quoted(eos)}")
+    if eos is None:
+        return None
+    if not isinstance(eos, str) or without_marks(eos) != eos:
+        raise ValueError(f"{named(path)}: eos_token must be valid text, not {quoted(eos)}")
     return eos
 
 

@@ -1,0 +1,146 @@
+"""The files of the text side: each thing that can be wrong with one is named in one line."""
+import json
+import os
+
+import pytest
+from text_side import damaged, refusal, write
+
+from model.config import Config, TextConfig
+from weights.chat_template import read_settings
+from weights.tokenizer import ChatTokenizer
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("tokenizer__json", "{", "not readable as a tokenizer"),
+    ("tokenizer__json", "", "not readable as a tokenizer"),
+    ("tokenizer__json", {"version": "1.0"}, "not readable as a tokenizer"),
+    ("tokenizer_config__json", "{'a'", "not readable as JSON"),
+    ("generation_config__json", "[1]", "holds a list, not an object"),
+    ("generation_config__json", "{", "not readable as JSON"),
+    ("generation_config__json", {"eos_token_id": "</s>"}, "not '</s>'"),
+    ("generation_config__json", {"eos_token_id": []}, "not []"),
+    ("generation_config__json", {"eos_token_id": [1, 2 ** 40]}, "eos_token_id must be"),
+    ("chat_template__json", "nonsense", "not readable as JSON"),
+    ("chat_template__json", {"chat_template": 3}, "neither text nor a list"),
+    ("chat_template__json", {"chat_template": "{% for %}"}, "does not parse"),
+    ("chat_template__jinja", "{{ 'a", "does not parse"),
+    ("tokenizer_config__json", {"chat_template": [{"name": "rag", "template": "x"}]}, "named 'default'"),
+    ("tokenizer_config__json", {"chat_template": ["x"]}, "named 'default'"),
+])
+def test_broken_files_are_named(folder, config, name, content, words):
+    write(folder, **{name: content})
+    line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert words in line and str(folder / name.replace("__", ".")) in line
+
+
+def test_missing_or_unreadable_files_are_named(folder, config, tmp_path):
+    assert str(tmp_path / "tokenizer.json") in refusal(ChatTokenizer.from_folder, tmp_path, config)
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    assert "chat_template.jinja: not readable as text" in refusal(ChatTokenizer.from_folder, folder, config)
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder, config, ids):
+    path, image = folder / "tokenizer.json", ids["<|image|>"]
+    official = json.loads(path.read_text(encoding="utf-8"))
+
+    def line(change, settings=config):
+        data = json.loads(json.dumps(official))
+        change(data)
+        write(folder, tokenizer__json=data)
+        return refusal(ChatTokenizer.from_folder, folder, settings)
+
+    def without(token):
+        def change(data):
+            data["added_tokens"] = [item for item in data["added_tokens"] if item["content"] != token]
+            data["post_processor"] = None
+        return change
+
+    def plain(data):
+        next(item for item in data["added_tokens"] if item["content"] == "<|image|>")["special"] = False
+
+    def sentencepiece(data):
+        data["decoder"] = {"type": "Fuse"}
+
+    assert "lacks the special token <|image|>" in line(without("<|image|>"))
+    assert "lacks the special token <|image|>" in line(plain)
+    assert "lacks the special token <|begin_of_text|>" in line(without("<|begin_of_text|>"))
+    assert "not a byte-level tokenizer" in line(sentencepiece)
+    other = Config(text=config.text, image_token_index=image + 1)
+    assert f"is token {image}, but config.json says image_token_index {image + 1}" in line(dict, other)
+    small = Config(text=TextConfig(vocab_size=image - 8), image_token_index=image)
+    assert "but the model embeds only" in line(dict, small)
+
+
+@pytest.mark.parametrize("charsmap", ["", "AAAA"])
+def test_a_panic_while_a_tokenizer_is_read_is_one_line(folder, config, capfd, charsmap):
+    damaged(folder, normalizer={"type": "Precompiled", "precompiled_charsmap": charsmap})
+    line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert "tokenizer.json: not readable as a tokenizer: Precompiled" in line
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("generation_config__json", '{"eos_token_id": 1e400}', "not inf"),
+    ("generation_config__json", '{"eos_token_id": 1' + "0" * 400 + "}", "not 1000"),
+    ("generation_config__json", '{"eos_token_id": 1' + "0" * 4299 + "}", "not "),
+    ("generation_config__json", '{"eos_token_id": ' + "[" * 500 + "]" * 500 + "}", "not [[["),
+    ("generation_config__json", '{"eos_token_id": true}', "not True"),
+    ("generation_config__json", '{"eos_token_id": [1.0]}', "not [1.0]"),
+    ("generation_config__json", '{"eos_token_id": -1}', "not -1"),
+    ("generation_config__json", '{"eos_token_id": 5000}', "a token id below 408"),
+    ("generation_config__json", "[" * 100_000, "not readable as JSON"),
+    ("tokenizer_config__json", '{"eos_token": 7}', "eos_token must be valid text, not 7"),
+    ("tokenizer_config__json", '{"eos_token": {"content": ["x"]}}', "eos_token must be valid text"),
+    ("tokenizer_config__json", "null", "holds a NoneType, not an object"),
+    ("tokenizer__json", "[" * 100_000, "not readable as a tokenizer"),
+    ("tokenizer__json", '{"version": "' + "9" * 100_000 + '"}', "not readable as a tokenizer"),
+])
+def test_odd_values_are_refused_in_one_line(folder, config, name, content, words):
+    write(folder, **{name: content})
+    line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert words in line and name.replace("__", ".") in line and len(line) < 700
+
+
+FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.json",
+         "chat_template.jinja")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_there_but_cannot_be_read_is_an_error(folder, config, name):
+    path = folder / name
+    path.unlink(missing_ok=True)
+    for there in (lambda: path.symlink_to(name), lambda: path.symlink_to("nowhere"), path.mkdir,
+                  lambda: os.mkfifo(path)):
+        there()
+        assert f"{path}: " in refusal(ChatTokenizer.from_folder, folder, config)
+        path.rmdir() if path.is_dir() else path.unlink()
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_without_permission_is_an_error(folder, config, without_permission, name):
+    path = folder / name
+    if not path.exists():
+        write(folder, **{name.replace(".", "__"): {}})
+    with without_permission(path):
+        line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert f"{path}: cannot be read (Permission denied)" in line
+
+
+def test_a_folder_without_permission_is_an_error(folder, config, without_permission):
+    with without_permission(folder):
+        line = refusal(ChatTokenizer.from_folder, folder, config)
+        assert "Permission denied" in refusal(read_settings, folder / "generation_config.json")
+    assert f"{folder / 'tokenizer.json'}: cannot be read (Permission denied)" in line
+
+
+def test_a_folder_with_a_name_too_long_is_an_error(tmp_path, config):
+    for name in "x" * 300, "x/" * 3000:
+        line = refusal(ChatTokenizer.from_folder, tmp_path / name, config)
+        assert "tokenizer.json: cannot be read (File name too long)" in line and len(line) < 300
+
+
+def test_a_library_error_has_a_bounded_length(folder, config):
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["model"]["type"] = "x" * 100_000
+    write(folder, tokenizer__json=data)
+    assert len(refusal(ChatTokenizer.from_folder, folder, config)) < 700
