@@ -16,7 +16,7 @@ from pathlib import Path
 
 import jinja2
 
-from weights.files import read_json, read_text
+from weights.files import exists, read_json, read_text
 from weights.messages import named, one_line, quoted
 from weights.meter import Meter
 from weights.sandbox import compile_template, render
@@ -143,17 +143,6 @@ def find_template(folder: Path, settings: dict) -> tuple[str | None, Path]:
         raise ValueError(f"{named(path)}: chat_template is neither text nor a list with a template "
                          "named 'default'")
     return value, path
-
-
-def exists(path: Path) -> bool:
-    """Whether there is a file, or something else by its name: a broken link, or what may not be looked at."""
-    try:
-        path.lstat()
-    except FileNotFoundError:
-        return False
-    except OSError:
-        return True                                 # reading it will say what is wrong
-    return True
 
 
 def read_settings(path: Path) -> dict:

@@ -96,6 +96,7 @@ def config(ids):
 def folder(base_folder, ids, tmp_path):
     """A folder as the Instruct models', but for the chat template."""
     folder = shutil.copytree(base_folder, tmp_path / "instruct")
+    folder.chmod(0o755)                     # a temporary folder is closed to others
     stops = [ids[token] for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
     write(folder, generation_config__json={"eos_token_id": stops})
     return folder
