@@ -28,6 +28,7 @@ from benchmarks.measure import ceilings, machine, times_in_turns
 from benchmarks.methods import methods
 from benchmarks.parts import EAGER, FULL, PEER, STATIC, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
+from benchmarks.plot import plot
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import waterfall
 from cli import Parser, check_output, parse_pruner, parse_pruners, whole_number, writing
@@ -93,7 +94,7 @@ def command(args: argparse.Namespace):
     print(tables.text(made))
     if args.plot is not None:
         with writing("--plot", args.plot) as partial_file:
-            tables.plot(made, partial_file)
+            plot(made, partial_file)
 
 
 def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruners: list[Pruner]) -> dict:

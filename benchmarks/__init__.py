@@ -1,2 +1,2 @@
 """What `benchmark.py` is made of: measure.py times; subject.py is what is timed, and peer.py is transformers
-on the same weights; parts.py, methods.py and waterfall.py measure; tables.py writes for people."""
+on the same weights; parts.py, methods.py and waterfall.py measure; tables.py and plot.py are for people."""

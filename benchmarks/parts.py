@@ -102,7 +102,8 @@ class Bench:
 
     def answers(self, batch: int, encoded: Encoded) -> list[dict]:
         """Rows of prefill, first_token, prune and decode."""
-        args, subject = self.args, self.subject
+        args = self.args
+        subject = self.subject
         ids = subject.prompt(batch, args.prompt_tokens)
         jobs = self.answer_jobs(ids, encoded)
         first = {key: job().ms["decode"] / 1000 for key, job in jobs.items()}           # compiles
@@ -117,7 +118,8 @@ class Bench:
 
     def answer_jobs(self, ids: Tensor, encoded: Encoded) -> dict[Key, Callable[[], Answer]]:
         """An answer of every method and of transformers, decoded in every way."""
-        subject, new_tokens = self.subject, self.args.new_tokens
+        subject = self.subject
+        new_tokens = self.args.new_tokens
         jobs: dict[Key, Callable[[], Answer]] = {}
         for name, pruner in self.pruners.items():
             image = encoded.images[name]
@@ -247,7 +249,8 @@ class Bench:
         for ours in (key for key in compared if key[0] != PEER):
             for theirs in [key for key in compared if key[0] == PEER] or [None]:
                 pruner = self.pruners[ours[0]]
-                mine, other = compared[ours], compared.get(theirs)
+                mine = compared[ours]
+                other = compared.get(theirs)
                 rows.append({
                     "component": component, **self.about(batch, tiles), "method": pruner.name,
                     "keep": pruner.keep, "pruner": None if ours[0] == FULL else ours[0], "ours": ours[1],

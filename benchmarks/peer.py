@@ -133,7 +133,8 @@ class Peer:
         together, and for prompts of several lengths.
         """
         batch, length = input_ids.shape
-        grids, states = image.grids, image.states
+        grids = image.grids
+        states = image.states
         if set(lengths) != {length}:
             raise ValueError(f"prompts of {min(lengths)} to {max(lengths)} tokens: give them one length")
         if not grids or len(states) not in (len(grids), batch * len(grids)):
@@ -205,8 +206,8 @@ class Peer:
     @contextmanager
     def corrected(self) -> Iterator[None]:
         """A context in which hooks correct both deviations, and a static cache is decoded eagerly."""
-        vision, text = self.model.model.vision_model, self.model.model.language_model
-        hooks = [vision.transformer.register_forward_hook(tap_inputs)]
+        text = self.model.model.language_model
+        hooks = [self.model.model.vision_model.transformer.register_forward_hook(tap_inputs)]
         hooks += [text.layers[i].register_forward_hook(skip_unseeing, with_kwargs=True)
                   for i in self.config.text.cross_attention_layers]
         self.eager = True
@@ -255,7 +256,8 @@ def their_name(official: str) -> str:
 
 def their_config(config: Config, transformers: ModuleType):
     """Our Config as a MllamaConfig, for sdpa. No weights are tied in it: each is assigned by its name."""
-    vision, text = asdict(config.vision), asdict(config.text)
+    vision = asdict(config.vision)
+    text = asdict(config.text)
     vision["attention_heads"] = vision.pop("num_attention_heads")
     vision["vision_output_dim"] = config.vision.output_dim
     for name in "supported_aspect_ratios", "intermediate_layers_indices":

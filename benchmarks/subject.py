@@ -43,7 +43,8 @@ Decode = Callable[[Tensor, Cache], Tensor]
 
 def cut(config: Config, layers: int) -> Config:
     """A slice of `layers` decoder layers. Raises ValueError if none of them is a cross-attention layer."""
-    text, vision = config.text, config.vision
+    text = config.text
+    vision = config.vision
     if layers > text.num_hidden_layers:
         raise ValueError(f"--layers {layers}: the whole decoder has {text.num_hidden_layers}")
     if layers == text.num_hidden_layers:

@@ -1,9 +1,9 @@
 """The same logits as transformers, once its two deviations from Meta's reference are corrected from outside.
 
-transformers takes each tapped feature one layer late, and lets text rows that see no image attend to every
-image. Here its indices are shifted by one, and a hook multiplies the cross-attention of such rows by 0; a
-test shows that it differs without either. Random small configurations, every gate open, checkpoints written
-by its save_pretrained and read by our load_model. transformers is a test dependency only.
+transformers takes each tapped feature one layer late, and lets query positions that see no image attend to
+every image. Here its indices are shifted by one, and a hook multiplies the cross-attention of such positions
+by 0; a test shows that it differs without either. Random small configurations, every gate open, checkpoints
+written by its save_pretrained and read by our load_model. transformers is a test dependency only.
 """
 import math
 import random
@@ -80,7 +80,7 @@ def random_rope(choose: random.Random) -> dict:
 
 @dataclass
 class Batch:
-    """Rows of text and images; the first `lengths[b]` tokens of row b are real."""
+    """Sequences of text and images; the first `lengths[b]` tokens of sequence b are real."""
     ids: Tensor                                 # [B, T], padded on the right
     lengths: list[int]
     tiles: list[Tiles | None]
@@ -92,26 +92,25 @@ class Batch:
 
 
 def random_batch(config: Config, seed: int, draw) -> Batch:
-    """One to four rows with up to three images each, anywhere in the text, side by side or apart.
+    """One to four sequences with up to three images each, anywhere in the text, side by side or apart.
 
-    One row at least has an image, and the first image's ratio goes round with the seed.
+    One sequence at least has an image, and each seed has another ratio of the first image.
     """
     choose = random.Random(seed)
     ratios, image = config.vision.supported_aspect_ratios, config.image_token_index
     counts = [choose.randint(0, 3) for _ in range(choose.randint(0, 3))]
     counts.insert(choose.randint(0, len(counts)), choose.randint(1, 3))
-    rows, grids = [], []
+    texts, grids = [], []
     for count in counts:
         text = [choose.randrange(3, config.text.vocab_size) for _ in range(choose.randint(1, 14))]
-        coords_of = sorted(choose.choices(range(len(text) + 1), k=count), reverse=True)
-        for coords in coords_of:
-            text.insert(coords, image)
-        rows.append(text)
+        for position in sorted(choose.choices(range(len(text) + 1), k=count), reverse=True):
+            text.insert(position, image)
+        texts.append(text)
         grids.append([choose.choice(ratios) for _ in range(count)])
-    next(row for row in grids if row)[0] = ratios[seed % len(ratios)]
-    lengths = [len(row) for row in rows]
-    ids = torch.tensor([row + [2] * (max(lengths) - len(row)) for row in rows])
-    tiles = [draw(row, config.vision, seed=10 * seed + i) if row else None for i, row in enumerate(grids)]
+    next(own for own in grids if own)[0] = ratios[seed % len(ratios)]
+    lengths = [len(text) for text in texts]
+    ids = torch.tensor([text + [2] * (max(lengths) - len(text)) for text in texts])
+    tiles = [draw(own, config.vision, seed=10 * seed + b) if own else None for b, own in enumerate(grids)]
     return Batch(ids, lengths, tiles, grids)
 
 
@@ -125,11 +124,11 @@ def build(config: MllamaConfig, randomise, seed: int,
 
 
 def run_transformers(theirs: MllamaForConditionalGeneration, batch: Batch, taps: bool = True,
-                     rows: bool = True) -> Tensor:
-    """Its logits [B, T, V], with its taps and its rows that see no image corrected, or only one of them."""
+                     blind: bool = True) -> Tensor:
+    """Its logits [B, T, V]; corrected are its taps, and its positions that see no image (`blind`)."""
     inputs = their_inputs(theirs.config, batch)
     vision, hooks = theirs.model.vision_model, []
-    if rows and inputs:
+    if blind and inputs:
         sees = inputs["cross_attention_mask"].flatten(2).any(-1)[..., None]
         hooks = [module.register_forward_hook(lambda module, inputs, output: (output[0] * sees, *output[1:]))
                  for module in theirs.modules() if isinstance(module, MllamaTextCrossAttention)]
@@ -171,19 +170,19 @@ def read_ours(theirs: MllamaForConditionalGeneration, folder: Path) -> LlamaVisi
 
 
 def last(logits: Tensor, batch: Batch) -> Tensor:
-    """[B, T, V] -> the logits after each row's last token [B, V]."""
+    """[B, T, V] -> the logits after the last token of each sequence [B, V]."""
     return logits[torch.arange(len(logits)), torch.tensor(batch.lengths) - 1]
 
 
 def longer(batch: Batch, tokens: Tensor) -> Batch:
-    """One more token [B] at the end of each row."""
+    """One more token [B] at the end of each sequence."""
     ids = torch.nn.functional.pad(batch.ids, (0, 1), value=2)
     ids[torch.arange(len(ids)), batch.lengths] = tokens
     return Batch(ids, [length + 1 for length in batch.lengths], batch.tiles, batch.grids)
 
 
 def difference(a: Tensor, b: Tensor, batch: Batch) -> float:
-    """The largest difference of logits in real rows."""
+    """The largest difference of logits at real tokens."""
     return (a - b)[batch.real].abs().max().item()
 
 
@@ -216,21 +215,21 @@ def test_the_seeds_cover_everything(draw):
     """The random draws above hold what they are said to hold."""
     configs = [config_from_dict(random_config(seed).to_dict()) for seed in SEEDS]
     batches = [random_batch(config, seed, draw) for seed, config in zip(SEEDS, configs, strict=True)]
-    rows = [(config.image_token_index, ids[:length].tolist(), len(grids))
-            for config, batch in zip(configs, batches, strict=True)
-            for ids, length, grids in zip(batch.ids, batch.lengths, batch.grids, strict=True)]
+    texts = [(config.image_token_index, ids[:length].tolist(), len(grids))
+             for config, batch in zip(configs, batches, strict=True)
+             for ids, length, grids in zip(batch.ids, batch.lengths, batch.grids, strict=True)]
     grids = {tuple(grid) for config, batch in zip(configs, batches, strict=True)
-             for row in batch.grids for grid in row if config.vision.max_num_tiles == 4}
+             for own in batch.grids for grid in own if config.vision.max_num_tiles == 4}
     assert grids == {tuple(ratio) for ratio in RATIOS[4]}
     assert {config.vision.max_num_tiles for config in configs} == set(RATIOS)
     assert any([] in batch.grids for batch in batches)
     assert {len(batch.lengths) for batch in batches} == {1, 2, 3, 4}
-    assert any(text[0] == image for image, text, _ in rows)
-    assert any(text[-1] == image for image, text, _ in rows)
-    assert any((image, image) in zip(text, text[1:], strict=False) for image, text, _ in rows)
-    assert {count for _, _, count in rows} == {0, 1, 2, 3}
+    assert any(text[0] == image for image, text, _ in texts)
+    assert any(text[-1] == image for image, text, _ in texts)
+    assert any((image, image) in zip(text, text[1:], strict=False) for image, text, _ in texts)
+    assert {count for _, _, count in texts} == {0, 1, 2, 3}
     assert {config.text.rope_scaling is None for config in configs} == {True, False}
-    padding = [max(config.vision.max_num_tiles - math.prod(grid) for row in batch.grids for grid in row)
+    padding = [max(config.vision.max_num_tiles - math.prod(grid) for own in batch.grids for grid in own)
                for config, batch in zip(configs, batches, strict=True)]
     assert sum(tiles > 1 for tiles in padding[1::2]) > 5            # where the general path is needed
     assert any(0 in config.text.cross_attention_layers for config in configs)
@@ -249,10 +248,10 @@ def test_uncorrected_transformers_differs(seed, randomise, draw, tmp_path):
     logits = ours(batch.ids, batch.tiles)
     assert difference(run_transformers(theirs, batch), logits, batch) < CLOSE["atol"]
     assert difference(run_transformers(theirs, batch, taps=False), logits, batch) > DIFFERENT
-    leaky = run_transformers(theirs, batch, rows=False)
+    leaky = run_transformers(theirs, batch, blind=False)
     assert (leaky - logits)[0, :3].abs().max() > DIFFERENT          # text before the image
-    assert (leaky - logits)[1, :5].abs().max() > DIFFERENT          # a row without an image
-    assert difference(run_transformers(theirs, batch, taps=False, rows=False), logits, batch) > DIFFERENT
+    assert (leaky - logits)[1, :5].abs().max() > DIFFERENT          # a sequence without an image
+    assert difference(run_transformers(theirs, batch, taps=False, blind=False), logits, batch) > DIFFERENT
 
 
 def test_text_alone(randomise, draw, tmp_path):

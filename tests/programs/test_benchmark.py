@@ -118,7 +118,7 @@ def test_a_cuda_graph_is_warm_after_three_steps(tokens, rounds):
     assert waterfall.warm_up_rounds(tokens) == rounds
 
 
-def test_peak_is_what_a_job_adds_and_lets_go():
+def test_peak_counts_memory_that_a_job_frees_again():
     peak = measure.peak_added(lambda: torch.ones(2 ** 24), CPU)                         # 64 MiB
     assert (peak is None) == (not measure.knows_peak())
     assert peak is None or 2 ** 26 - 2 ** 20 <= peak < 2 ** 27       # the system counts in batches of pages
@@ -445,7 +445,13 @@ def test_report_writes_the_page(monkeypatch, tmp_path):
     assert (tmp_path / "README.md").read_text(encoding="utf-8").count("|") == 20
     with pytest.raises(ValueError, match="no place for the summary"):
         tables.with_summary("nothing", {})
-    (tmp_path / "other.json").write_text("[]", encoding="utf-8")
+
+
+@pytest.mark.parametrize("content", [
+    "[]", "{}", "null", '{"rows": [], "ceilings": {}, "waterfall": []}',
+    '{"rows": [{"component": "encode"}], "ceilings": {}, "waterfall": [], "methods": [], "equal": []}'])
+def test_a_file_that_is_no_measurement_is_named(tmp_path, content):
+    (tmp_path / "other.json").write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match="other.json: not written by"):
         tables.read_files(tmp_path)
 

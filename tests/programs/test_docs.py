@@ -43,10 +43,11 @@ def unfinished(names: list[str]) -> list:
     return [pytest.param(name, marks=marks[name in REWRITTEN], id=name) for name in names]
 
 
-REWRITTEN = {"README.md", "benchmarks/peer.py", "benchmarks/subject.py", "benchmarks/waterfall.py",
-             "evaluation/results.py", "model/llama_vision.py", "model/sampling.py", "weights/images.py",
+FINISHED = "test_scenes.py", "test_benchmark.py", "test_peer.py", "test_transformers.py"
+REWRITTEN = {"README.md", "evaluation/results.py", "model/llama_vision.py", "model/sampling.py",
+             "weights/images.py",
              *(path for path in (file.relative_to(ROOT).as_posix() for file in FILES)
-               if path.startswith("tests/") and "test_scenes" not in path)}
+               if path.startswith("tests/") and path.rpartition("/")[2] not in FINISHED)}
 
 
 @pytest.mark.parametrize("page", unfinished(PAGES))
@@ -229,6 +230,7 @@ def test_docstrings_of_methods_are_short_and_point_to_the_papers(method):
 # ----- words
 
 TRAINED = r"Describe the picture\.|What is in the picture\?"      # the bundled checkpoint has learned these
+FOREIGN = "full_text_row_masked_out_mask"                        # an argument in transformers
 WORDS = {                                                        # instead of these, say:
     r"(?i)\bmoments?\b": "hook",
     r"(?i)\bknobs?\b": "option",
@@ -254,7 +256,7 @@ WORDS = {                                                        # instead of th
 
 def found(text: str) -> list[str]:
     """The words of `text` that a stranger would have to translate."""
-    text = re.sub(TRAINED, "", text)
+    text = re.sub(f"{TRAINED}|{FOREIGN}", "", text)
     hits = []
     for pattern in WORDS:
         gaps = pattern.replace(" (", r"[_\s#]+(").replace(") ", r")[_\s#]+").replace("[_ ]", r"[_\s#]+")
