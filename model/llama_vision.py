@@ -151,7 +151,7 @@ class LlamaVision(nn.Module):
     # ----- what it costs
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; the parts add up to the whole."""
+        """Parameters by part; their sum is all of them."""
         decoder = self.language_model
         parts = {"vision": self.vision_model, "projector": self.multi_modal_projector,
                  "embedding": decoder.embed_tokens, "lm_head": self.lm_head, "norm": decoder.norm}

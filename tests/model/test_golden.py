@@ -93,7 +93,7 @@ def continue_without_cache(model: LlamaVision, prompt: Tensor,
 
 
 def check_features(image: ImageTokens, row: int, case: Case, tolerance: dict):
-    """The tokens of a batch row are the golden features of its images, in order, and nothing else."""
+    """The tokens of a sequence are the golden features of its images, in order, and nothing else."""
     features, coords = image.features[row], image.coords[row]
     if image.mask is not None:
         assert not features[~image.mask[row]].any() and (coords[~image.mask[row]] == -1).all()

@@ -108,7 +108,7 @@ def test_rows_before_the_image_are_those_of_a_text_model(network, draw):
             assert ((with_image - without)[first:].abs().amax(-1) > 0.1).all()
 
 
-def test_a_text_row_of_a_mixed_batch_is_that_of_a_text_model(network, draw):
+def test_a_text_only_sequence_of_a_mixed_batch_is_that_of_a_text_model(network, draw):
     """Bit for bit, while reading and while decoding; also beside a row that sees its image from the start."""
     ids = torch.tensor([[IMAGE, 6, 7, 8], [9, 10, 11, 12]])
     image = network.encode([draw([(1, 2)], CONFIG.vision), None])

@@ -101,7 +101,7 @@ SAMPLERS = {"greedy": lambda: Sampler(), "sampled": lambda: Sampler(0.9, 0.95, s
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_a_batch_gives_what_each_prompt_gives_alone(assistant, random_image, sampler):
-    questions = ["Hm?", "Is there a star in the upper half of the picture?", "Describe the picture.", "Hm?"]
+    questions = ["Hm?", "Is there a star in the upper half of the image?", "Describe the picture.", "Hm?"]
     prompts = [assistant.tokenizer.encode(messages(question, 1)) for question in questions]
     assert len(set(map(len, prompts))) == 3
 
@@ -113,7 +113,7 @@ def test_a_batch_gives_what_each_prompt_gives_alone(assistant, random_image, sam
     assert [len(row) for row in free] == [12] * 4 and free[0] == free[3]
     assert ask(prompts, ()) == free
     ends = {stop: [(row + [stop]).index(stop) for row in free] for stop in free[1]}
-    stop = next(stop for stop in ends if len(set(ends[stop])) > 1)      # some rows end early, and run along
+    stop = next(stop for stop in ends if len(set(ends[stop])) > 1)      # some sequences end early
     assert ask(prompts, (stop,)) == [row[:end] for row, end in zip(free, ends[stop], strict=True)]
     assert [ask([prompt], (stop,))[0] for prompt in prompts] == ask(prompts, (stop,))
 
@@ -382,7 +382,7 @@ def test_json_keeps_letters_readable(run, say):
 
 
 def test_several_prompts_are_a_batch(run, asked, wide):
-    questions = ["What is this?", "Is the circle in the upper half of the picture?"]
+    questions = ["What is this?", "Is the circle in the upper half of the image?"]
     command = "--image", wide, "--max-new-tokens", "8", "--dtype", "fp32"
     alone = [json.loads(run(*command, "--prompt", question, "--json")[0]) for question in questions]
     asked.clear()
@@ -546,7 +546,7 @@ def test_keep_everything_is_no_pruning(run, wide):
             assert data[key] == expected[key]
 
 
-def test_a_method_from_a_file_with_a_knob(run, wide, tmp_path):
+def test_a_method_from_a_file_with_an_option(run, wide, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     command = "--image", wide, "--prompt", "What is this?", "--max-new-tokens", "3", "--json"
     data = json.loads(run(*command, "--prune", f"{tmp_path / 'mine.py'}:Mine", "--set", "first=7")[0])

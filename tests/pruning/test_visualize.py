@@ -207,7 +207,7 @@ def test_the_attention_map_is_brighter_where_there_is_more_attention(drawn, grid
     assert any("no colour: dropped" in line for line in drawn[-1])
 
 
-def test_the_attention_is_that_of_the_first_batch_row_on_its_own_tokens():
+def test_the_attention_is_that_of_the_first_sequence_on_its_own_tokens():
     coords, heads = tokens((1, 1))[:5], 4
     q, key = torch.randn(2, heads, 3, 8), torch.randn(2, 2, 5, 8)
     mask = torch.tensor([[[True, True, True, True, False]]]).expand(2, 1, 5)
@@ -237,18 +237,17 @@ def spying(hook: str):
     return method
 
 
-for _moment in HOOKS:
-    setattr(Spy, _moment, spying(_moment))
+for _hook in HOOKS:
+    setattr(Spy, _hook, spying(_hook))
 
 
-def test_every_moment_is_passed_on():
+def test_every_hook_is_passed_on():
     spy, image, layer = Spy(), ImageTokens(torch.ones(1, 17, 8), tokens((1, 1))[None]), kv([(0, 0, 0, 0)])
-    spy.gives = {"preprocess": PROCESSOR([]), "encoded": image, "layer": (image, layer), "prefilled": [layer],
-                 "stepped": [layer], "logits": torch.ones(1), "answered": {1: [5]}, "text_layer": None,
-                 "text_cache": []}
-    given = {"preprocess": ([], PROCESSOR), "encoded": (image, [[0]]), "layer": (0, object(), image, layer),
-             "prefilled": ([],), "stepped": (3, [], []), "logits": (torch.zeros(1),), "answered": (),
-             "text_layer": (2, image, layer, spy), "text_cache": (-1, [])}
+    spy.gives = {"begin": None, "preprocess": PROCESSOR([]), "encoded": image, "layer": (image, layer),
+                 "prefilled": [layer], "stepped": [layer], "logits": torch.ones(1), "around": object()}
+    given = {"begin": (object(),), "preprocess": ([], PROCESSOR), "encoded": (image, [[0]]),
+             "layer": (0, object(), image, layer), "prefilled": ([],), "stepped": (3, [], []),
+             "logits": (torch.zeros(1),), "around": (object(),)}
     recorder = Recorder(spy)
     for hook in HOOKS:
         assert getattr(recorder, hook)(*given[hook]) is spy.gives[hook]
