@@ -212,6 +212,8 @@ def _check_text(text: TextConfig):
     _check_layers("cross_attention_layers", text.cross_attention_layers, text.num_hidden_layers)
     if not text.cross_attention_layers:
         raise ValueError("cross_attention_layers is empty, so no layer would see the image")
+    if len(text.cross_attention_layers) == text.num_hidden_layers:
+        raise ValueError("cross_attention_layers names all layers, so no layer would see the text")
     if text.head_dim % 2:
         raise ValueError(f"text_config: rotary embedding needs an even head width, not {text.head_dim}")
     if text.num_attention_heads % text.num_key_value_heads:

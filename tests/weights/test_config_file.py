@@ -112,6 +112,7 @@ BAD += [
     ("text_config", {"num_attention_heads": 32}, "even head width"),
     ("text_config", {"num_key_value_heads": 3}, "4 query heads"),
     ("text_config", {"cross_attention_layers": []}, "no layer would see the image"),
+    ("text_config", {"cross_attention_layers": [0, 1, 2, 3, 4]}, "no layer would see the text"),
     ("vision_config", {"image_size": 30}, "no multiple of patch_size"),
     ("vision_config", {"intermediate_layers_indices": []}, "reads at least one layer"),
     ("vision_config", {"max_num_tiles": 2}, "2 tiles"),
