@@ -32,7 +32,7 @@ BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
 LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
 FILES = ["*.safetensors", "*.json", "*.jinja"]
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)      # how the system says that there is nothing
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+", re.ASCII)
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{,95}/[\w.-]{1,96}", re.ASCII)
 WANTED = "needed is a safetensors checkpoint in the official layout, as meta-llama has it on the hub"
 FOREIGN = (                                             # what a folder may hold instead
     ("*.gguf", "GGUF files"),
@@ -138,9 +138,10 @@ def _remedy(error: Exception, repo: str, revision: str | None) -> str:
         case RepositoryNotFoundError():
             return ("no folder here and no repository on the hub has this name: check the spelling, "
                     "or log in with `hf auth login` if it is private")
-        case (HfHubHTTPError(response=reply)
-              | LocalEntryNotFoundError(__cause__=HfHubHTTPError(response=reply))):
+        case LocalEntryNotFoundError(__cause__=HfHubHTTPError(response=reply)) if reply is not None:
             return _refusal(reply.status_code)
+        case HfHubHTTPError(response=reply) if reply is not None:
+            return _refusal(reply.status_code)          # before 1.0, "not in the cache" has no reply
         case HFValidationError():
             return "not a valid hub id: it should read 'owner/name'"
         case LocalEntryNotFoundError() | RuntimeError() if trouble is not None:      # RuntimeError: a loop

@@ -38,9 +38,7 @@ class Shard:
         except SafetensorError as error:
             raise ValueError(f"{named(path)}: not a good safetensors file ({one_line(error)}); "
                              f"{AGAIN}") from None
-        except OSError as error:
-            raise unreadable(path, error) from None
-        except (RuntimeError, MemoryError) as error:    # no address space, or a file that shrinks
+        except (OSError, RuntimeError, MemoryError) as error:   # no address space, or a file that shrinks
             raise ValueError(f"{named(path)}: cannot be mapped into memory ({one_line(error)}); free memory, "
                              "and let no program write to the file") from None
 

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -129,9 +130,7 @@ def hub(*args: str, error: Callable[[], Exception] | None = None) -> Prepare:
 
 
 def no_revision() -> Exception:
-    http = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]   # httpx, or its heir
-    request = http.Request("GET", "https://huggingface.co/api/models/owner/name")
-    reply = http.Response(404, request=request)
+    reply = SimpleNamespace(status_code=404, headers={}, request=None)
     return errors.RevisionNotFoundError("404 Client Error.\n\nRevision Not Found", response=reply)
 
 

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import constants, errors
@@ -102,11 +103,12 @@ def test_a_file_that_the_cache_has_lost_or_may_not_show(tmp_path, monkeypatch, w
 
 # ---- the hub's refusals
 
-HTTP = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]       # httpx or so
+HTTP = sys.modules[errors.HfHubHTTPError.__mro__[1].__module__.partition(".")[0]]       # httpx, or requests
+PROXY = HTTP.exceptions.ProxyError if HTTP.__name__ == "requests" else HTTP.ProxyError
 
 
 def http_error(kind, status: int) -> Exception:
-    response = HTTP.Response(status, request=HTTP.Request("GET", "https://huggingface.co/api/models/x"))
+    response = SimpleNamespace(status_code=status, headers={}, request=None)
     return kind(f"{status} Client Error.\n\nsomething\nlong", response=response)
 
 
@@ -114,6 +116,15 @@ def not_cached(cause: Exception | None) -> Exception:
     error = errors.LocalEntryNotFoundError("An error happened\nwhile trying to locate the files")
     error.__cause__ = cause
     return error
+
+
+class OldNotCached(errors.LocalEntryNotFoundError, errors.HfHubHTTPError):
+    """What huggingface_hub raised before 1.0: an HTTP error without a reply."""
+
+    def __init__(self, cause: Exception | None = None):
+        FileNotFoundError.__init__(self, "An error happened\nwhile trying to locate the files")
+        self.response = None
+        self.__cause__ = cause
 
 
 REFUSALS = {
@@ -126,10 +137,12 @@ REFUSALS = {
     "forbidden": (lambda: http_error(errors.HfHubHTTPError, 403), ["may not read", "settings/tokens"]),
     "disabled": (lambda: http_error(errors.DisabledRepoError, 403), ["may not read"]),
     "hub down": (lambda: http_error(errors.HfHubHTTPError, 503), ["status 503", "later"]),
+    "too many, before 1.0": (lambda: OldNotCached(http_error(errors.HfHubHTTPError, 429)), ["status 429"]),
     "too many": (lambda: not_cached(http_error(errors.HfHubHTTPError, 429)), ["status 429", "later"]),
     "no network": (lambda: not_cached(None), ["cannot be reached", "check the network"]),
+    "no network, before 1.0": (OldNotCached, ["cannot be reached", "check the network"]),
     "cut off": (lambda: HTTP.ReadTimeout("timed\nout"), ["cannot be reached"]),
-    "proxy": (lambda: HTTP.ProxyError("502\nBad Gateway"), ["cannot be reached"]),
+    "proxy": (lambda: PROXY("502\nBad Gateway"), ["cannot be reached"]),
     "connection": (lambda: ConnectionResetError(errno.ECONNRESET, "reset"), ["cannot be reached"]),
     "not a hub id": (lambda: errors.HFValidationError("Repo id must\nuse"), ["not a valid hub id"]),
     "disk full": (lambda: OSError(errno.ENOSPC, "No space left on device"), ["no space left", "HF_HOME"]),
