@@ -16,7 +16,7 @@ from weights.files import read_json
 from weights.messages import named, one_line, quoted
 
 MOST = 2 ** 31 - 1                              # no size of a model is larger
-MOST_LAYERS = 1000                              # building more layers would take minutes
+MOST_LAYERS = 500                               # building more layers would take long
 RANGES = {                                      # numbers of other ranges than 1 to MOST, both ends included
     "rms_norm_eps": (1e-12, 1.0),
     "norm_eps": (1e-12, 1.0),

@@ -179,8 +179,11 @@ def _find_parameters(shards: list[Shard]) -> dict[str, tuple[Shard, str]]:
 def _check_names(folder: Path, wanted: dict[str, list[int]], found: dict[str, tuple[Shard, str]]):
     missing = [official_name(name) for name in wanted if name not in found]
     unexpected = [stored for name, (_, stored) in found.items() if name not in wanted]
-    parts = [f"{kind} tensors ({len(names)}): {_some(names)}"
-             for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+    parts = []
+    if missing:
+        parts.append(f"missing tensors ({len(missing)}): {_some(missing)}")
+    if unexpected:
+        parts.append(f"unexpected tensors ({len(unexpected)}): {_some(unexpected)}")
     if parts:
         raise ValueError(f"{named(folder)}: {'; '.join(parts)}; config.json and weights do not belong "
                          "together, or the download is incomplete")

@@ -101,11 +101,13 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]):
         if tensor.dtype not in codes:
             raise ValueError(f"tensor {quoted(name)} has the dtype {tensor.dtype}, not one of {list(codes)}")
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))   # so they are aligned
-    header, end = {"__metadata__": {"format": "pt"}}, 0             # transformers asks for the metadata
+    header = {"__metadata__": {"format": "pt"}}                     # transformers asks for the metadata
+    end = 0
     for name, tensor in tensors.items():
-        place = [end, end + tensor.nbytes]
-        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape), "data_offsets": place}
-        end = place[1]
+        start = end
+        end += tensor.nbytes
+        header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
+                        "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with replacing(path) as partial, partial.open("wb") as file:

@@ -261,6 +261,21 @@ PROMPTS = [
     ("too long with the answer", bare("--prompt", STARS[:9500]), "and 256 new ones", "context holds 2048"),
 ]
 
+
+def linked(name: str, *args: str) -> Prepare:
+    """A question with a link to itself of this name in the folder where the program runs."""
+    def prepare(bench: Bench) -> list[str]:
+        (bench.folder / name).symlink_to(name)
+        return [*args, *QUESTION]
+    return prepare
+
+
+def not_utf8(bench: Bench) -> list[str]:
+    """A question to a checkpoint in a folder of another encoding."""
+    folder = Path(bench.checkpoint())
+    return ["--model", str(folder.rename(folder.with_name("caf\udce9"))), *QUESTION]
+
+
 PLACES = [
     ("no such folder", flags("--model", "./none"), "'./none'", "nor a folder here"),
     ("no name", flags("--model", ""), "''", "'tiny'", "hub id"),
@@ -274,6 +289,8 @@ PLACES = [
     ("pth folder", folder_of("consolidated.00.pth", "params.json"), ".pth", "safetensors"),
     ("adapter", folder_of("adapter_config.json", "adapter_model.safetensors"), "LoRA", "merged"),
     ("GGUF file", lambda b: ["--model", b.path("x.gguf", b"GGUF"), *QUESTION], "GGUF", "safetensors"),
+    ("link to itself", linked("m", "--model", "m"), "m: cannot be read", "symbolic links"),
+    ("folder not UTF-8", not_utf8, "caf\\udce9", "not valid UTF-8", "rename"),
     ("weights file", flags("--model", str(TINY / WEIGHTS)), "is a file", "pass the folder"),
 ]
 
@@ -317,6 +334,7 @@ WEIGHT_FILES = [
     ("missing shard", weights(None, index(*SHARDS), (SHARDS[0], b"")), "missing files (1)", SHARDS[1]),
     ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "download"),
     ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not readable as JSON"),
+    ("index names no file", weights(None, index("x" * 300 + ".safetensors")), "cannot be read", "too long"),
     ("index leads away", weights(None, index("../x.safetensors")), "'../x.safetensors'", "same folder"),
 ]
 

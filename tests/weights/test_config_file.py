@@ -77,7 +77,7 @@ NO_LAYERS = (3, "12", [[1]], ["1"], [1.0], [True], [1, 1], [1, 0], [-1], [5], [L
 BAD_TEXT = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads",
                      "num_key_value_heads", "max_position_embeddings"), NO_SIZE),
-    "num_hidden_layers": (*NO_SIZE, 1001),
+    "num_hidden_layers": (*NO_SIZE, 501),
     "cross_attention_layers": NO_LAYERS,
     "rms_norm_eps": (*NO_NUMBER, 0, 1e-320, 1e-13, 1.5),
     "rope_theta": (*NO_NUMBER, 0, 0.5, 1e300, 10 ** 19),
@@ -88,7 +88,7 @@ BAD_TEXT = {
 BAD_VISION = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "image_size", "patch_size", "num_channels",
                      "max_num_tiles", "attention_heads"), NO_SIZE),
-    "num_hidden_layers": (*NO_SIZE, 1001), "num_global_layers": (*NO_SIZE, 1001),
+    "num_hidden_layers": (*NO_SIZE, 501), "num_global_layers": (*NO_SIZE, 501),
     "norm_eps": (*NO_NUMBER, 0, 1e-320, 1.5),
     "intermediate_layers_indices": NO_LAYERS,
     "supported_aspect_ratios": (4, "11", [], [[1]], [1, 2], [[1, 1, 1]], [[1, 0]], [[1, -1]], [[1, 1.0]],
