@@ -25,10 +25,10 @@ from torch import Tensor
 from weights.files import regular_file
 from weights.messages import named, one_line, reason
 
-# What cameras, screens, browsers, scanners and Pillow's users write, and what Pillow decodes in this process:
-# for none of these does it start a program, and an ICO opens what it contains only as PNG or DIB. All other
-# formats stay closed. EPS starts Ghostscript; IPTC opens what it contains as any format, EPS too; TGA has no
-# signature, so nearly any file could pass for one; each of the rest is one more decoder for a hostile file.
+# What cameras, screenshots, browsers and scanners produce, as far as Pillow decodes it inside this process:
+# it starts no program for any of these, and reads what an ICO contains only as PNG or DIB. All other formats
+# are refused. EPS starts Ghostscript; IPTC opens what it contains in any format, EPS too; TGA has no
+# signature, so nearly any file can pass for one; each of the rest is one more decoder for a hostile file.
 FORMATS = ("PNG", "JPEG", "GIF", "BMP", "PPM", "WEBP", "TIFF", "AVIF", "JPEG2000", "ICO")
 FORMATS_OF_PIL = (None, *FORMATS, "MPO", "DIB")     # made in memory; a JPEG of several images; a bare BMP
 SAVE_AS = "save it as PNG, JPEG, WebP, AVIF, GIF, BMP, TIFF, JPEG 2000, PPM or ICO"
@@ -62,16 +62,16 @@ def open_image(source: str | os.PathLike | bytes | bytearray | Image.Image) -> I
     image = source if isinstance(source, Image.Image) else _open(name, source)
     decode(image, name)
     with _one_line_errors(name):
-        turn = TURNS.get(_orientation(image))   # known once decoded: a TIFF turns itself, and forgets it
+        turn = TURNS.get(_orientation(image))   # after decoding, in which a TIFF turns itself
         rgb = _to_rgb(image)
-        del image                               # memory for the RGB image and its turned copy is enough
+        del image                               # so that its memory is free for the turned copy
         return rgb if turn is None else rgb.transpose(turn)
 
 
 def decode(image: Image.Image, name: str):
-    """Decode a PIL image in place, unless it was. Raises ValueError with one line.
+    """Decode a PIL image in place if it was only opened. Raises ValueError with one line.
 
-    Its format and its size are checked before: an image that was only opened can still start a program.
+    Its format and size are checked first: to decode an image that was only opened can still start a program.
     """
     width, height = image.size
     if image.format not in FORMATS_OF_PIL:

@@ -12,8 +12,10 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 
 from model.config import VisionConfig
 from model.image_tokens import Tiles
-from weights.image_file import open_image
+from weights.image_file import FORMATS, open_image
 
+Image.init()
+KINDS = [kind for kind in FORMATS if kind in Image.SAVE]        # older versions of Pillow have no AVIF
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 

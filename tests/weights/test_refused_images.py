@@ -12,11 +12,11 @@ from io import BytesIO
 from pathlib import Path
 
 import pytest
-from image_helpers import noise, png, refusal, saved
+from image_helpers import KINDS, noise, png, refusal, saved
 from PIL import Image
 
 from weights import image_file
-from weights.image_file import FORMATS, MAX_BYTES, MAX_MEMORY, SAVE_AS, memory_needed, open_image
+from weights.image_file import MAX_BYTES, MAX_MEMORY, SAVE_AS, memory_needed, open_image
 
 ROOT = Path(__file__).parents[2]
 
@@ -61,7 +61,7 @@ def test_what_stands_for_an_image_in_another_way_gets_its_own_advice():
     assert len(text) > 262_144
     for source in text, text[:80], text.encode():
         assert "base64 text, where a path or the bytes of a file are expected; decode it" in refusal(source)
-    for kind in {*FORMATS} - {"PPM", "ICO"}:
+    for kind in {*KINDS} - {"PPM", "ICO"}:
         assert "base64" in refusal(base64.b64encode(saved(noise(9, 9), kind)).decode())
     for source in "data:image/png;base64," + text, f"data:image/png;base64,{text}".encode(), "data:,x":
         assert "a data URI, where a path or the bytes of a file are expected; decode it" in refusal(source)
@@ -176,7 +176,7 @@ def test_too_little_memory_is_one_line(tmp_path, monkeypatch, place):
 
 # --- damage ---
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_truncated_images_are_refused_wherever_they_end(tmp_path, kind):
     whole = saved(noise(64, 64), kind)
     path = tmp_path / "cut.bin"
@@ -202,7 +202,7 @@ def test_libtiff_writes_nothing_on_standard_error(capfd):
 def test_random_damage_gives_an_image_or_one_line():
     rng = random.Random(7)
     refused = 0
-    for kind in FORMATS:
+    for kind in KINDS:
         whole = saved(noise(20, 24), kind)
         for _ in range(25):
             data = bytearray(whole)
