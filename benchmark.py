@@ -10,16 +10,16 @@ are compared too, with transformers' two deviations corrected for that alone. `-
 `--layers` a slice. How each part is measured: benchmarks/parts.py. The JSON has all of it; `--report` makes
 the pages from such files.
 """
+import program
+
+program.begin(__name__)
+
 import argparse
 import json
 import shlex
 import sys
 from functools import partial
 from pathlib import Path
-
-import program
-
-program.begin(__name__)
 
 import torch
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TextIO
 
 import torch
 
@@ -28,6 +29,10 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str):
         fail(message)
+
+    def print_help(self, file: TextIO | None = None):
+        """On stdout; argparse would swallow an error."""
+        write(self.format_help())
 
 
 def whole_number(text: str) -> int:
@@ -158,7 +163,8 @@ def piped_prompt(has_image: bool) -> str:
         text = "" if sys.stdin is None else sys.stdin.read().strip()        # None: closed by the caller
     except UnicodeDecodeError:
         encoding = sys.stdin.encoding.upper()
-        raise ValueError(f"the prompt on standard input is not valid {encoding} text") from None
+        remedy = "" if encoding == "UTF-8" else "; if it is UTF-8, set PYTHONIOENCODING=utf-8"
+        raise ValueError(f"the prompt on standard input is not valid {encoding} text{remedy}") from None
     if not text and not has_image:
         raise ValueError("nothing to answer: give --prompt TEXT, and --image PATH to ask about an image")
     return text or "Describe the picture."
@@ -172,7 +178,7 @@ def chat(answer: Callable[[list[dict]], str], system: str | None, images: int):
     say("Ask; an empty line or Ctrl-D ends.")
     history = [] if system is None else [{"role": "system", "content": system}]
     while question := ask_person():
-        asked = [*history, *messages(question, images)]
+        asked = messages(question, images, history=history)
         try:
             text = answer(asked)
         except ValueError as error:             # too long, say: the chat goes on without this question
@@ -189,12 +195,16 @@ def ask_person() -> str:
     while True:
         say("> ", end="")
         try:
-            return input().strip()
-        except EOFError:
-            say("")
-            return ""
+            line = sys.stdin.readline()         # input() would need a second Enter after a NUL
         except UnicodeDecodeError:
-            say("error: this is not valid text; type it again")
+            say(f"error: this is not valid {sys.stdin.encoding.upper()} text; type it again")
+            continue
+        except KeyboardInterrupt:
+            say("")                             # or the shell's prompt would stand on this line
+            raise
+        if not line:
+            say("")
+        return line.strip()
 
 
 # ----- what an answer took

@@ -9,6 +9,10 @@ eight tile ratios. An answer counts when it equals the expected one to the lette
 cross-attention layer, which shows what the model loses without it. A long run may be stopped: with `--json
 FILE` the answers so far are in FILE.part, and the same command goes on from there.
 """
+import program
+
+program.begin(__name__)
+
 import argparse
 import sys
 import time
@@ -16,10 +20,6 @@ import zlib
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-
-import program
-
-program.begin(__name__)
 
 from PIL import ImageFilter
 

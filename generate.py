@@ -8,16 +8,16 @@
 `generate` is that loop, with the hooks at which a pruner may act; read it first. `Assistant` holds the parts
 of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
 """
+import program
+
+program.begin(__name__)
+
 import argparse
 import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-
-import program
-
-program.begin(__name__)
 
 import torch
 from PIL import Image
@@ -51,7 +51,7 @@ from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.image_file import open_image
 from weights.images import ImageProcessor
-from weights.messages import quoted
+from weights.messages import named, quoted
 from weights.tokenizer import ChatTokenizer, Detokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -228,6 +228,8 @@ def command(args: argparse.Namespace):
         if len(prompts) != 1 or not images:
             raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
         check_output("--save-map", args.save_map, MAP_SUFFIXES)
+        if args.save_map.resolve() in [Path(path).resolve() for path in args.image]:
+            raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
     encoded = assistant.encode_images(images, pruner)

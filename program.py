@@ -1,15 +1,13 @@
 """How a program starts and ends: messages on stderr, and errors of one line.
 
 stdout belongs to answers and tables, stderr to everything about them. A program calls `begin` before it
-imports torch, which takes seconds, so nothing of ours is imported at the top here. At its end it calls `run`.
+imports torch, which takes seconds, so only what Python has loaded anyway is imported at the top here. At its
+end it calls `run`.
 """
-import argparse
 import io
 import os
-import re
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Callable
 
@@ -31,8 +29,8 @@ def end_at_once(number: int, frame: object):
     os._exit(130)
 
 
-def run(command: Callable[[argparse.Namespace], None], arguments: Callable[[], argparse.Namespace]):
-    """Run a program; errors become one line on stderr and exit code 2, as `fail` does.
+def run(command: Callable, arguments: Callable):
+    """`command(arguments())`; errors become one line on stderr and exit code 2, as `fail` does.
 
     Ctrl-C ends it with exit code 130, a reader of stdout that has gone away with 141, both without a word.
     A pruner of the user's own is a program: where it fails, its author gets the traceback.
@@ -104,8 +102,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def is_in_a_pruner_of_the_user(error: Exception) -> bool:
     """Whether a class of FILE.py:CLASS failed at work. Its options are checked in `pruning.load`."""
-    functions = [(str(frame.f_globals.get("__name__")), frame.f_code.co_name)
-                 for frame, _ in traceback.walk_tb(error.__traceback__)]
+    functions = []
+    step = error.__traceback__
+    while step is not None:
+        frame = step.tb_frame
+        functions.append((str(frame.f_globals.get("__name__")), frame.f_code.co_name))
+        step = step.tb_next
     if ("pruning", "load") in functions:
         return False
     return any(module.endswith(".py") for module, _ in functions)
@@ -115,8 +117,9 @@ def words_of(error: Exception) -> str:
     """What to say of an error."""
     if is_out_of_memory(error):
         return f"out of memory: try a smaller model, --dtype bf16, or less at once ({error or 'MemoryError'})"
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError):
+        where = "reading or writing failed" if error.filename is None else error.filename
+        return f"{where}: {error.strerror or error}"
     if isinstance(error, OverflowError):
         return f"a number is too large ({error}): give a smaller one"
     if isinstance(error, RecursionError):
@@ -139,9 +142,9 @@ def fail(message: object):
     """One line on stderr of bounded length, exit code 2."""
     from weights.messages import one_line  # here, because it imports torch
 
-    short = re.sub(r"\S{250,}", lambda word: word.group()[:100] + "…", str(message))
+    words = [word if len(word) < 250 else word[:100] + "…" for word in str(message).split()]
     try:
-        say(f"error: {one_line(short, MOST_LETTERS)}")
+        say(f"error: {one_line(' '.join(words), MOST_LETTERS)}")
     except OSError:                                             # stderr is full or gone: nobody can be told
         sys.stderr = None                                       # and Python need not try again at its end
     raise SystemExit(2)
