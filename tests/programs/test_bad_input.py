@@ -340,6 +340,9 @@ WEIGHT_FILES = [
 
 TEMPLATE, STOPS, PIXELS = "chat_template.jinja", "generation_config.json", "preprocessor_config.json"
 BASE = STOPS, entry_of_json("eos_token_id", 633)
+RUNAWAY = b"{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+PANIC = {"type": "Precompiled", "precompiled_charsmap": ""}
+LATER = {"type": "FixedLength", "length": 0}
 TEXT_SIDE = [
     ("no tokenizer", model(("tokenizer.json", None)), "tokenizer.json", "No such file"),
     ("cut tokenizer", model(("tokenizer.json", lambda data: data[:-9])), "tokenizer.json", "not readable"),
@@ -351,6 +354,15 @@ TEXT_SIDE = [
     ("broken template", model((TEMPLATE, b"{% for %}")), TEMPLATE, "does not parse"),
     ("failing template", model((TEMPLATE, b"{{ 1 / 0 }}")), "chat template", "division by zero"),
     ("template for two", model((TEMPLATE, b"<|image|>")), "writes 1 <|image|> for 0 images"),
+    ("template without end", model((TEMPLATE, RUNAWAY)), "chat template", "more than 1,048,576 steps"),
+    ("template that drops text", model((TEMPLATE, b"Hi")), "user message says, 'What is a star?'", TEMPLATE),
+    ("template of half a pair", model((TEMPLATE, b"{{ '\\ud800' }}")), TEMPLATE, "not valid Unicode"),
+    ("settings deeper than Python", model(("tokenizer_config.json", b"[" * 9999)), "not readable as JSON"),
+    ("stop token without end", model((STOPS, b'{"eos_token_id": 1e400}')), STOPS, "not inf"),
+    ("stop token of another model", model((STOPS, entry_of_json("eos_token_id", 5000))), STOPS, "below 648"),
+    ("tokenizer that panics", model(("tokenizer.json", entry_of_json("normalizer", PANIC))), "Precompiled"),
+    ("tokenizer that panics later", model(("tokenizer.json", entry_of_json("pre_tokenizer", LATER))),
+     "the prompt cannot be tokenised", "chunk size"),
     ("system and base model", model(BASE, also=("--system", "x", *QUESTION)), "base model", "system message"),
     ("preprocessor not JSON", model((PIXELS, b"{")), PIXELS, "not readable as JSON"),
     ("other tile size", preprocessor("size", {"height": 560, "width": 560}), "560", "image_size is 112"),
