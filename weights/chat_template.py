@@ -183,7 +183,7 @@ def check_messages(messages: Sequence[dict]) -> list[Turn]:
 
 def _turn(message: dict) -> Turn:
     role = message.get("role") if isinstance(message, dict) else message
-    if role not in ROLES:
+    if not isinstance(message, dict) or role not in ROLES:
         raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, not {quoted(role)}")
     content = message.get("content")
     in_parts = isinstance(content, (list, tuple))

@@ -8,6 +8,7 @@ operation pays for its operands before it runs. Only the functions, methods, fil
 here can run, because only their cost is known beforehand. Nothing is computed while a template is compiled.
 """
 import json
+import warnings
 from collections.abc import Callable
 from datetime import datetime
 from itertools import chain
@@ -63,7 +64,9 @@ def compile_template(source: str) -> jinja2.Template:
     environment = _Environment()
     tree = add_payments(environment.parse(source))
     tree.set_environment(environment)
-    code = environment.compile(tree)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")         # Python's own words about the code that jinja makes
+        code = environment.compile(tree)
     return jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
 

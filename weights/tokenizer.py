@@ -37,6 +37,7 @@ from weights.files import read_bytes
 from weights.messages import named, one_line, quoted
 
 Result = TypeVar("Result")
+MOST_IMAGES = 1000                  # of a message; the context of the official models holds fewer
 STDERR = 2                          # its file descriptor
 _stderr_lock = threading.Lock()
 
@@ -46,13 +47,16 @@ def messages(prompt: str, images: int = 0, system: str | None = None,
     """A conversation that ends with the user's next turn: first the turn's images, then its text.
 
     `images` is how many there are in this turn. `history` is what came before, with answers as {"role":
-    "assistant", "content": text}; a `system` message comes before everything. Raises ValueError where
-    `prompt` is not text or `images` is not a number of images.
+    "assistant", "content": text}; a `system` message comes before everything. Raises ValueError where an
+    argument is of another kind; the messages themselves are checked in `ChatTokenizer.encode`.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"the prompt must be text, not {type(prompt).__name__}")
-    if type(images) is not int or images < 0:
-        raise ValueError(f"the number of images is {quoted(images)}, but must be a whole number from 0")
+    if type(images) is not int or not 0 <= images <= MOST_IMAGES:
+        raise ValueError(f"the number of images is {quoted(images)}, but must be a whole number from 0 to "
+                         f"{MOST_IMAGES}")
+    if not isinstance(history, (list, tuple)):
+        raise ValueError(f"the history must be a list of messages, not {quoted(history)}")
     content = prompt
     if images:
         content = [{"type": "image"}] * images

@@ -258,11 +258,17 @@ def test_refusals_have_a_bounded_length(folder, config, turns):
     ([user("x\ud800")], "not valid Unicode"),
     ([{"role": "assistant", "content": "\udfff"}, user("x")], "text of the assistant message is not valid"),
     ([{"role": ["user"], "content": "x"}], "not ['user']"),
+    (["user"], "the role of a message must be one of system, user, assistant, not 'user'"),
 ])
 def test_refusals_name_the_remedy(current, turns, words):
     assert words in refusal(current.encode, turns)
 
 
-@pytest.mark.parametrize("images", [-1, 1.0, True, None, "2"])
+@pytest.mark.parametrize("images", [-1, 1.0, True, None, "2", 1001, 10 ** 20])
 def test_a_number_of_images_is_a_whole_number(images):
     assert f"number of images is {images!r}" in refusal(messages, "x", images=images)
+
+
+@pytest.mark.parametrize("history", [None, 7, "x", user("x")])
+def test_a_history_is_a_list(history):
+    assert "the history must be a list of messages, not" in refusal(messages, "x", history=history)

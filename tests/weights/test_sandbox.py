@@ -145,6 +145,11 @@ def test_a_runaway_template_is_refused_in_one_line(folder, config):
     assert "the chat template cannot write this conversation: it needs more than 1,048,576 steps" in line
 
 
+@pytest.mark.filterwarnings("error")
+def test_python_does_not_comment_on_the_code_of_a_template():
+    assert run("{{ 1[0] }}{{ 1 is sameas 1 }}{{ 1() if nothing }}") == "True"
+
+
 def test_nothing_is_computed_while_a_template_is_compiled(folder, config):
     never = "{% if messages | length > 9 %}{{ 'a' * 10 ** 9 }}{{ 9 ** 9 ** 9 }}{% endif %}"
     write(folder, chat_template__jinja=never + "{{ messages[0].content }}")
