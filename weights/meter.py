@@ -14,7 +14,8 @@ from jinja2 import nodes
 from jinja2.runtime import Context
 from jinja2.visitor import NodeTransformer
 
-WORK = 2 ** 25              # units for one conversation: a million steps, which take about two seconds
+WORK = 2 ** 25              # units for any conversation: a million steps, which take about two seconds
+WORK_PER_CHARACTER = 256    # and more for a long one: an official template looks at each character on its own
 STEP = 32                   # units for a step or an item, which take about as long as 32 characters
 MOST_DEPTH = 32             # levels of lists within lists
 MOST_BITS = 64              # of whole numbers
@@ -28,14 +29,17 @@ VIEWS = Iterator, KeysView, ValuesView, ItemsView
 class Meter:
     """What a template may still spend. Every method raises TemplateError when nothing is left."""
 
-    def __init__(self, units: int = WORK):
-        self.left = units
+    def __init__(self, characters: int):
+        """For a conversation of so many characters."""
+        self.units = WORK + WORK_PER_CHARACTER * characters
+        self.left = self.units
 
     def spend(self, units: int):
         """Pay a number of units."""
         self.left -= units
         if self.left < 0:
-            raise jinja2.TemplateError(f"it needs more than {WORK // STEP:,} steps, or makes too much text")
+            raise jinja2.TemplateError(f"it takes more than {self.units // STEP:,} steps, or makes too much "
+                                       "text")
 
     def size(self, value: object) -> int:
         """Pay for a value, but not for what is in its items. Returns the price."""

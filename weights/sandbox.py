@@ -1,6 +1,6 @@
 """Runs a checkpoint's chat template, which is a stranger's program, within bounded time and memory.
 
-    source ── compile_template ─► jinja2.Template ── render(template, context, Meter()) ─► text
+    source ── compile_template ─► jinja2.Template ── render(template, context, Meter(length)) ─► text
 
 Jinja's own sandbox keeps a template away from files and from Python's internals, but a template could still
 loop for years or build a text of gigabytes. Here it pays for everything from one `Meter` (meter.py), and an

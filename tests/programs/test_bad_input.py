@@ -354,7 +354,7 @@ TEXT_SIDE = [
     ("broken template", model((TEMPLATE, b"{% for %}")), TEMPLATE, "does not parse"),
     ("failing template", model((TEMPLATE, b"{{ 1 / 0 }}")), "chat template", "division by zero"),
     ("template for two", model((TEMPLATE, b"<|image|>")), "writes 1 <|image|> for 0 images"),
-    ("template without end", model((TEMPLATE, RUNAWAY)), "chat template", "more than 1,048,576 steps"),
+    ("template without end", model((TEMPLATE, RUNAWAY)), "chat template", "it takes more than", "steps"),
     ("template that drops text", model((TEMPLATE, b"Hi")), "user message says, 'What is a star?'", TEMPLATE),
     ("template of half a pair", model((TEMPLATE, b"{{ '\\ud800' }}")), TEMPLATE, "not valid Unicode"),
     ("settings deeper than Python", model(("tokenizer_config.json", b"[" * 9999)), "not readable as JSON"),

@@ -2,7 +2,7 @@
 import pytest
 from text_side import CONVERSATIONS, CURRENT, refusal, theirs, user, write
 
-from weights.meter import Meter
+from weights.meter import WORK, Meter
 from weights.sandbox import compile_template, render
 from weights.tokenizer import ChatTokenizer
 
@@ -14,10 +14,12 @@ NEST = ("{% set ns = namespace(x=()) %}{% macro m() %}{% set ns.x = varargs %}{%
         "{% for i in range(99) %}")
 
 
-def run(source, units=2 ** 19):
+def run(source):
     """What a template writes with a small meter, or the words of the error."""
+    meter = Meter(characters=0)
+    meter.left = 2 ** 19
     try:
-        return render(compile_template(source), {"messages": MESSAGES, "tools": None}, Meter(units))
+        return render(compile_template(source), {"messages": MESSAGES, "tools": None}, meter)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
 
@@ -47,7 +49,7 @@ def run(source, units=2 ** 19):
     "{{ messages | tojson(indent=16) * 9999 }}", "{% autoescape 'a' * 10 ** 9 %}{% endautoescape %}",
 ])
 def test_what_grows_without_end_is_stopped(source):
-    assert "it needs more than 1,048,576 steps, or makes too much text" in run(source)
+    assert "it takes more than 1,048,576 steps, or makes too much text" in run(source)
 
 
 @pytest.mark.parametrize("source, words", [
@@ -142,7 +144,7 @@ def test_a_runaway_template_is_refused_in_one_line(folder, config):
     write(folder, chat_template__jinja=f"{{% for a in range(99999) %}}{{% for b in range(99999) %}}{CURRENT}"
                                        "{% endfor %}{% endfor %}")
     line = refusal(ChatTokenizer.from_folder(folder, config).encode, CONVERSATIONS["text"])
-    assert "the chat template cannot write this conversation: it needs more than 1,048,576 steps" in line
+    assert "the chat template cannot write this conversation: it takes more than 1,048," in line
 
 
 @pytest.mark.filterwarnings("error")
@@ -162,3 +164,12 @@ def test_a_long_conversation_is_no_runaway(folder, config):
     turns = [user("Why? " * 300), {"role": "assistant", "content": "So. " * 300}] * 20 + [user("And?")]
     tokenizer = ChatTokenizer.from_folder(folder, config)
     assert tokenizer.encode(turns, date="today") == theirs(folder, turns, CURRENT, date_string="today")
+
+
+def test_a_template_may_look_at_each_character():
+    template = compile_template("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}!"
+                                "{% endif %}{% endfor %}{% endfor %}{{ messages[0].content }}")
+    text = "red " * 5000
+    meter = Meter(len(text))
+    meter.left -= WORK                                              # what is for long conversations alone
+    assert render(template, {"messages": [user(text)]}, meter) == text
