@@ -167,8 +167,9 @@ def test_a_long_conversation_is_no_runaway(folder, config):
 
 
 def test_a_template_may_look_at_each_character():
-    template = compile_template("{% for m in messages %}{% for c in m['content'] %}{% if c['type'] == 'image' %}!"
-                                "{% endif %}{% endfor %}{% endfor %}{{ messages[0].content }}")
+    template = compile_template("{% for m in messages %}{% for c in m['content'] %}"
+                                "{% if c['type'] == 'image' %}!{% endif %}{% endfor %}{% endfor %}"
+                                "{{ messages[0].content }}")
     text = "red " * 5000
     meter = Meter(len(text))
     meter.left -= WORK                                              # what is for long conversations alone
