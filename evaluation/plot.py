@@ -97,8 +97,12 @@ def plot(made: dict, path: Path):
     for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
         draw_method(axes, i, [row for row in rows if row["method"] == method])
     draw_axes(axes, least=min([0.5, *(max(LEAST_KEPT, row["kept"]) for row in rows)]))
-    axes.set_title(f"{made['model']}, {made['questions']} questions", fontsize="medium")
-    figure.legend(loc="outside right upper", frameon=False)
+    # Names are text, also with two dollar signs, between which matplotlib would look for a formula.
+    title = f"{made['model']}, {made['questions']} questions"
+    axes.set_title(title, fontsize="medium", parse_math=False)
+    legend = figure.legend(loc="outside right upper", frameon=False)
+    for text in legend.get_texts():
+        text.set_parse_math(False)
     figure.savefig(path, dpi=150)
 
 

@@ -1,4 +1,6 @@
 """What records and figures look like: files that are read again may have been damaged or edited."""
+import json
+
 from scenes.questions import KINDS
 
 LISTS = {"right": bool, "wrong_yes": bool, "early": bool, "kept": float}        # an entry for each question
@@ -25,23 +27,28 @@ def is_record(record: dict, questions: int, rows: int, layers: int | None) -> bo
 
 
 def are_figures(made: dict) -> bool:
-    """Whether they have all that `plot.table` and `plot.plot` read."""
+    """Whether they have all that `plot.table` and `plot.plot` read, in one row for each of the settings."""
     rows = made.get("rows")
-    if not isinstance(made.get("model"), str) or not is_number(made.get("questions"), 1):
+    settings = made["settings"]
+    if any(made.get(name) != settings[name] for name in ("model", "questions")):
         return False
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        return False
+    asked = [[row.get("method"), row.get("keep"), row.get("options")] for row in rows]
+    if json.dumps(asked) != json.dumps(settings["rows"]):
         return False
     for row in rows:
         numbers = [row.get(name) for name in FIGURES]
         by_kind = row.get("accuracy_by_kind")
-        if not (isinstance(row.get("method"), str) and "keep" in row and isinstance(row.get("options"), dict)
-                and isinstance(by_kind, dict) and by_kind.keys() == set(KINDS)):
+        if not isinstance(by_kind, dict) or by_kind.keys() != set(KINDS) or "wrong_yes" not in row:
             return False
-        shares = [share for share in (*by_kind.values(), row.get("wrong_yes")) if share is not None]
+        shares = [share for share in (*by_kind.values(), row["wrong_yes"]) if share is not None]
         if not all(is_number(number) for number in (*numbers, *shares)):
             return False
     similarity = made.get("layer_similarity")
-    return similarity is None or are_matrices(similarity, None)
+    if similarity is None:
+        return len(rows) == 1               # layers are compared wherever methods are
+    return are_matrices(similarity, None)
 
 
 def are_matrices(similarity: object, layers: int | None) -> bool:

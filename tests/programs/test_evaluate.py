@@ -327,7 +327,9 @@ def test_partial_results_of_another_run_are_refused(run, capsys, monkeypatch, tm
 
 def test_store(sweep, tmp_path):
     path, part = tmp_path / "x.json", tmp_path / "x.json.part"
-    store = Store(path, {"keep": 1.0})
+    figures = json.loads((sweep / "out.json").read_text())
+    settings = {"keep": 1.0, **figures["settings"]}
+    store = Store(path, settings)
     with store:
         assert store.records == [] and part.exists()
     assert store.finished() is None and not part.exists()                   # nothing was done
@@ -339,16 +341,15 @@ def test_store(sweep, tmp_path):
     for _ in range(2):
         with store:
             assert store.records == [{"a": 1}, {"a": 2}]
-    for other in {"keep": 1}, {"keep": 0.5}:                                # 1 is one token, 1.0 all of them
+    for other in {**settings, "keep": 1}, {**settings, "keep": 0.5}:        # 1 is one token, 1.0 all of them
         with pytest.raises(ValueError, match="other settings"), Store(path, other):
             pass
     path.write_text("[]")
     assert store.finished() is None
-    figures = json.loads((sweep / "out.json").read_text())
     with store:
-        store.finish({**figures, "settings": {"keep": 1.0}})
+        store.finish({**figures, "settings": settings})
     assert list(tmp_path.iterdir()) == [path] and store.finished()["rows"] == figures["rows"]
-    assert Store(path, {"keep": 1}).finished() is None
+    assert Store(path, {**settings, "keep": 1}).finished() is None
     with store:
         store.add({"a": 3})
     assert store.finished() is None                                         # begun anew
