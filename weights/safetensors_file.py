@@ -88,6 +88,21 @@ def _parse_header(text: bytes) -> tuple[dict[str, dict] | None, int]:
     return entries, max(ends, default=0)
 
 
+def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+    """All tensors of a small file, as copies in fp32. Raises ValueError with one line.
+
+    That is where the file is damaged or cannot be read, or where a tensor is not one of numbers with a point.
+    """
+    shard = Shard(Path(path))
+    tensors = {}
+    for name, entry in shard.entries.items():
+        if entry["dtype"] not in STORED:
+            raise ValueError(f"{named(path)}: tensor {quoted(name)} has the dtype "
+                             f"{one_line(entry['dtype'], 20)}, not one of {', '.join(STORED)}")
+        tensors[name] = shard.view(name).to(device, torch.float32, copy=True)
+    return tensors
+
+
 def write_tensors(path: str | Path, tensors: dict[str, Tensor]):
     """A safetensors file, written tensor by tensor; safetensors' own save_file would need numpy.
 

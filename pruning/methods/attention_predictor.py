@@ -10,10 +10,10 @@ See docs/PAPERS.md.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image, kept_indices
@@ -22,6 +22,8 @@ from pruning.options import check_least
 from pruning.pruner import Pruner
 from pruning.select import num_kept
 from weights import LEARNED
+from weights.messages import named, one_line
+from weights.safetensors_file import read_tensors
 
 WEIGHTS = LEARNED / "attention_predictor.safetensors"
 
@@ -43,6 +45,16 @@ class Network(nn.Module):
         x = self.second(x).relu() * inside
         mean = x.sum(2) / inside.sum(2).clamp(min=1)                                        # over time
         return self.mix(mean)[:, 0].unflatten(0, history.shape[:2])
+
+
+def load_network(path: Path) -> Network:
+    """A trained one, from a file. Raises ValueError with one line where it holds something else."""
+    network = Network().requires_grad_(False)
+    try:
+        network.load_state_dict(read_tensors(path))
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{named(path)}: no weights of attention_predictor ({one_line(error)})") from None
+    return network
 
 
 @dataclass
@@ -71,8 +83,7 @@ class AttentionPredictor(Pruner):
         if self.layout == "square" and math.isqrt(self.block) ** 2 != self.block:
             raise ValueError(f"{self.name}: block is {self.block}, but must be a square number for squares")
         if self.predictor == "cnn":
-            self.network = Network().requires_grad_(False)
-            self.network.load_state_dict(load_file(WEIGHTS))
+            self.network = load_network(WEIGHTS)
 
     # ----- the history of the prompt
 

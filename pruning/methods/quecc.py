@@ -17,13 +17,14 @@ from typing import ClassVar
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from model.image_tokens import EncoderStates, ImageTokens
 from model.llama_vision import LlamaVision
 from pruning.pruner import Pruner
 from weights import LEARNED
+from weights.messages import named, one_line
+from weights.safetensors_file import read_tensors
 
 HEAD = 64           # width of an attention head, as in the vision encoder; the paper's have 128
 
@@ -173,13 +174,14 @@ class Compressor(nn.Module):
 def load_compressor(path: Path, device: torch.device) -> Compressor:
     """A trained one, from a file. Raises ValueError with one line where it holds something else."""
     try:
-        with safe_open(path, "pt", device=str(device)) as file:
-            state = {name: file.get_tensor(name).float() for name in file.keys()}           # noqa: SIM118
-        text, width = state["out.weight"].shape
-        states = state["key.0.weight"].shape[1]
+        state = read_tensors(path, device)
+        sizes = [*state["out.weight"].shape, *state["key.0.weight"].shape, *state["shrink.weight"].shape]
+        text, width, _, states, *_, stride = sizes
+        if min(sizes) < 1 or width % max(1, width // HEAD):
+            raise ValueError(f"its sizes are {sizes}")
         with torch.device("meta"):
-            compressor = Compressor(width, states, text, state["shrink.weight"].shape[-1])
+            compressor = Compressor(width, states, text, stride)
         compressor.load_state_dict(state, assign=True)
-    except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        raise ValueError(f"quecc: {path}: no weights of this method ({str(error).splitlines()[0]})") from None
+    except (KeyError, ValueError, RuntimeError) as error:
+        raise ValueError(f"quecc: {named(path)}: no weights of this method ({one_line(error)})") from None
     return compressor.requires_grad_(False).eval()
