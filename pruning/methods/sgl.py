@@ -81,7 +81,7 @@ class Cascade:
         """Called like `generate.generate`, and returns such an Answer."""
         sgl = self.sgl
         generate = self.generate
-        if image is None or pruner.keeps_all:
+        if image is None or pruner.keeps_all or not (image.coords[..., 0] >= 0).any():
             return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
         guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
         early = [b for b, sure in enumerate(sgl.confidence) if sure is not None and sure > sgl.threshold]
@@ -100,7 +100,7 @@ class Cascade:
                          sample, lambda i, token: emit(rest[i], token), pruner, decode)
         for i, b in enumerate(rest):
             answer.tokens[b] = large.tokens[i]
-            answer.kept[b] = large.kept[i]
+            answer.kept[b] = large.kept[i] or answer.kept[b]        # text alone has no counts
         large.ms["prefill"] += answer.ms["prefill"]
         return replace(large, tokens=answer.tokens, seen=answer.seen, kept=answer.kept, early=early)
 

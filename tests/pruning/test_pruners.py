@@ -220,12 +220,13 @@ def test_one_image_for_several_questions(make, network):
 
 
 def test_text_alone_is_untouched(make, network):
-    """Bit for bit: a prompt without an image, and one beside a prompt that has one."""
+    """Bit for bit: prompts without an image, one taken out of a batch with images, one in such a batch."""
     pruner = make()
-    for prompts in [[12, 13, 14]], [[12, 13, 14, 15], [16, 17]]:
-        plain, pruned = forced(network, prompts, None), forced(network, prompts, None, pruner)
-        assert torch.equal(plain.logits, pruned.logits) and pruned.read == []
     image = encode(network, [[(1, 3)], []], 6, pruner)
+    for prompts, own in (([[12, 13, 14]], None), ([[12, 13, 14, 15], [16, 17]], None),
+                         ([[9, 5]], image.select([1]))):
+        plain, pruned = forced(network, prompts, None), forced(network, prompts, own, pruner)
+        assert torch.equal(plain.logits, pruned.logits) and pruned.read == []
     mixed = forced(network, [[I, 6, 7, 8], [9, 10, 11, 12]], image, pruner)
     branches = len(mixed.read[0].key) // 2                  # products of another size round otherwise
     text = forced(network, [[5, 6, 7, 8], [9, 10, 11, 12]] * branches, None)
