@@ -75,7 +75,6 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     check_pruner(pruner, image)
     ids, lengths = model.pad_right(prompts)                                         # [B, T]
     seen = model.tokens_seen(ids, lengths, image)
-    image = image if any(seen) else None            # of a batch's images, these prompts may have none
     if pruner is None or pruner.keeps_all or image is None:
         pruner = Pruner()                                                           # keeps everything
     decode = decode or model.decode

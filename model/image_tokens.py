@@ -66,9 +66,13 @@ class ImageTokens:
     mask: Tensor | None = None                  # [B, N] True where there is a token; None: everywhere
     states: EncoderStates | None = None         # of the tokens as they were encoded, where asked for
 
-    def select(self, sequences: list[int]) -> "ImageTokens":
-        """The images of some sequences, in this order; [0, 0] gives one image to two prompts."""
-        return ImageTokens(self.features[sequences], self.coords[sequences],
+    def select(self, sequences: list[int]) -> "ImageTokens | None":
+        """The images of some sequences, in this order; [0, 0] gives one image to two prompts. None if these
+        sequences have no image."""
+        coords = self.coords[sequences]
+        if not (coords[..., 0] >= 0).any():
+            return None
+        return ImageTokens(self.features[sequences], coords,
                            None if self.mask is None else self.mask[sequences],
                            None if self.states is None else self.states.select(sequences))
 

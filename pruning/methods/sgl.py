@@ -81,7 +81,7 @@ class Cascade:
         """Called like `generate.generate`, and returns such an Answer."""
         sgl = self.sgl
         generate = self.generate
-        if image is None or pruner.keeps_all or not (image.coords[..., 0] >= 0).any():
+        if image is None or pruner.keeps_all:
             return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
         guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
         early = [b for b, sure in enumerate(sgl.confidence) if sure is not None and sure > sgl.threshold]
