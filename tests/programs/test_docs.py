@@ -37,17 +37,7 @@ def test_all_pages_are_looked_at():
 # ----- links and quotes
 
 
-def unfinished(names: list[str]) -> list:
-    """As parameters; those that are being rewritten may fail until they are."""
-    marks = {True: [pytest.mark.xfail(reason="is being rewritten")], False: []}
-    return [pytest.param(name, marks=marks[name in REWRITTEN], id=name) for name in names]
-
-
-REWRITTEN = {"tests/conftest.py", *(f"tests/pruning/{path.name}"
-                                    for path in (ROOT / "tests" / "pruning").glob("*.py"))}
-
-
-@pytest.mark.parametrize("page", unfinished(PAGES))
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths_lead_somewhere(page):
     text = re.sub(r"```.*?```", "", read(page), flags=re.S)
     linked = [target for target in re.findall(r"\]\(([^)#\s]+)", text) if "://" not in target]
@@ -269,7 +259,7 @@ def test_the_search_for_words_finds_them():
     assert all(map(found, bad)) and not any(map(found, good))
 
 
-@pytest.mark.parametrize("path", unfinished([path.relative_to(ROOT).as_posix() for path in FILES
-                                             if path != Path(__file__)]))
+@pytest.mark.parametrize("path", [path.relative_to(ROOT).as_posix() for path in FILES
+                                  if path != Path(__file__)])
 def test_the_words_are_the_fields_own(path):
     assert not found(read(path))
