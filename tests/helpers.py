@@ -175,10 +175,10 @@ STATES = "features", "entering", "attended"         # of EncoderStates
 def alone(image: ImageTokens, b: int) -> ImageTokens | None:
     """The images of one sequence of a batch, as they are without the others: no padding."""
     one = image.select([b])
+    if one is None:
+        return None
     real = slice(None) if image.mask is None else image.mask[b]
     coords = one.coords[:, real]
-    if not coords.numel():
-        return None
     states = one.states
     if states is not None:
         states = replace(states, **{name: getattr(states, name)[:, real] for name in STATES})

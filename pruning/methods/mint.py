@@ -57,11 +57,8 @@ class MINT(Pruner):
 
     def key_set_is_smaller(self, image: ImageTokens) -> Tensor:
         """Whether the branches of a sequence see different tokens, [B, 1]."""
-        smaller = torch.zeros(len(image.coords), 1, dtype=torch.bool, device=image.coords.device)
-        for there in each_image(image):
-            size = there.sum(-1, keepdim=True)                                          # [B, 1]
-            smaller |= num_kept(self.keep, size) < size
-        return smaller
+        sizes = torch.stack([there.sum(-1) for there in each_image(image)])             # [I, B]
+        return (num_kept(self.keep, sizes) < sizes).any(0)[:, None]
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if i >= self.n_sel:         # masked, not dropped: a later token may choose what this one did not
