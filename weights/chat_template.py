@@ -97,16 +97,23 @@ class ChatTemplate:
                 core = text.strip()
                 before, after = text.split(core, 1)
                 mark = chr(TEXT_MARKS[len(said) % len(TEXT_MARKS)])
-                marked = core[0] + mark + core[1:].translate(self.guard)
+                marked = self._guarded(core, mark)
                 turn.parts[i] = before + marked + after
                 said.append(Said(turn.role, text, marked))
         return said
+
+    def _guarded(self, text: str, mark: str = MARK) -> str:
+        """The text with `mark` behind its first character, which the template's text could lead up to, and
+        MARK behind all others that can begin a special token."""
+        if not text:
+            return text
+        return text[:1] + mark + text[1:].translate(self.guard)
 
     def _run(self, messages: list[dict], date: str | None, meter: Meter) -> str:
         context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None,
                    "bos_token": BEGIN, "eos_token": self.eos}
         if date is not None:
-            context["date_string"] = _valid("date", date).translate(self.guard)
+            context["date_string"] = self._guarded(_valid("date", date))
         try:
             return render(self.template, context, meter)
         except MemoryError:

@@ -10,15 +10,11 @@ the image follows it, as in Meta's code. T text tokens.
 """
 import codecs
 import operator
-import os
 import re
-import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from tokenizers import Tokenizer, decoders
+from tokenizers import Tokenizer
 
 from model.config import EXTRA_EMBEDDINGS, Config
 from weights.chat_template import (
@@ -34,12 +30,10 @@ from weights.chat_template import (
     without_marks,
 )
 from weights.files import read_bytes
-from weights.messages import named, one_line, quoted
+from weights.messages import named, quoted
+from weights.vocabulary import Vocabulary, library_call, load_tokenizer
 
-Result = TypeVar("Result")
 MOST_IMAGES = 1000                  # of a message; the context of the official models holds fewer
-STDERR = 2                          # its file descriptor
-_stderr_lock = threading.Lock()
 
 
 def messages(prompt: str, images: int = 0, system: str | None = None,
@@ -69,15 +63,13 @@ def messages(prompt: str, images: int = 0, system: str | None = None,
 class ChatTokenizer:
     """Tokenizer and chat template of one checkpoint; `stop_ids` are the tokens that end an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, template: ChatTemplate, stop_ids: tuple[int, ...]):
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, template: ChatTemplate,
+                 stop_ids: tuple[int, ...]):
         self.tokenizer = tokenizer
+        self.vocabulary = vocabulary
         self.template = template
         self.stop_ids = stop_ids
-        self.special = _special_tokens(tokenizer)
-        self.texts = {i: text for text, i in tokenizer.get_vocab(with_added_tokens=True).items()}
-        added = tokenizer.get_added_tokens_decoder().values()
-        self.words = {token.content for token in added if not token.special}
-        longest_first = sorted(self.special, key=len, reverse=True)
+        longest_first = sorted(vocabulary.special, key=len, reverse=True)
         self._cuts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @classmethod
@@ -89,19 +81,20 @@ class ChatTokenizer:
         date added. Base models have the same tokenizer but end at `<|end_of_text|>` only; they get bare text.
         """
         folder = Path(folder)
-        tokenizer = _read_tokenizer(folder / "tokenizer.json", config)
-        special = _special_tokens(tokenizer)
+        tokenizer, vocabulary = _read_tokenizer(folder / "tokenizer.json", config)
         settings_path = folder / "tokenizer_config.json"
         settings = read_settings(settings_path)
         stop_ids = _read_stop_ids(folder / "generation_config.json", config)
         source, path = find_template(folder, settings)
-        eot = special.get(EOT)
+        eot = vocabulary.special.get(EOT)
         if source is None:
-            source = CHAT if eot in stop_ids and all(token in special for token in HEADERS) else PLAIN
+            is_chat = eot in stop_ids and vocabulary.special.keys() >= set(HEADERS)
+            source = CHAT if is_chat else PLAIN
         if source is not PLAIN and eot is not None and eot not in stop_ids:
             stop_ids += (eot,)              # a turn ends here, also where generation_config.json forgets it
-        eos = _eos_token(settings, settings_path) or tokenizer.id_to_token(stop_ids[-1]) or ""
-        return cls(tokenizer, ChatTemplate(source, path, special, eos), stop_ids)
+        eos = _eos_token(settings, settings_path) or vocabulary.texts.get(stop_ids[-1], "")
+        template = ChatTemplate(source, path, vocabulary.special, eos)
+        return cls(tokenizer, vocabulary, template, stop_ids)
 
     def encode(self, messages: Sequence[dict], date: str | None = None) -> list[int]:
         """Token ids [T] of a conversation, up to where the answer begins. Raises ValueError with one line.
@@ -111,7 +104,7 @@ class ChatTokenizer:
         text of the conversation is in the ids as it was given, but for white space at its ends.
         """
         text = self.template.render(messages, date)
-        bos = self.special[BEGIN]
+        bos = self.vocabulary.special[BEGIN]
         ids = library_call("the prompt cannot be tokenised", lambda: list(self._tokenise(text)))
         return [bos, *(i for i in ids if i != bos)]
 
@@ -137,10 +130,10 @@ class ChatTokenizer:
             number = -1
         if number < 0:
             raise ValueError(f"a token id must be a whole number from 0, not {quoted(token_id)}")
-        text = self.texts.get(number, "")
-        if text in self.special:
+        text = self.vocabulary.texts.get(number, "")
+        if text in self.vocabulary.special:
             return b""
-        if text in self.words:
+        if text in self.vocabulary.words:
             return text.encode()
         return b"".join(_BYTES.get(c) or c.encode() for c in text)
 
@@ -149,7 +142,7 @@ class ChatTokenizer:
         # begin a message form one token.
         for i, piece in enumerate(self._cuts.split(text)):
             if i % 2:
-                yield self.special[piece]
+                yield self.vocabulary.special[piece]
                 continue
             piece = without_marks(piece)
             ids = self.tokenizer.encode(piece, add_special_tokens=False).ids
@@ -161,7 +154,7 @@ class ChatTokenizer:
 
         Added tokens may swallow white space around them, and a normalizer may spell characters differently.
         """
-        if self.tokenizer.normalizer is not None:
+        if self.vocabulary.normalizes:
             return
         if "".join(self.decode(ids).split()) != "".join(piece.split()):
             raise ValueError(f"its tokens do not give {quoted(piece)} back: tokenizer.json is damaged")
@@ -194,50 +187,7 @@ _OTHERS = [b for b in range(256) if b not in _PRINTABLE]
 _BYTES = {chr(b): bytes([b]) for b in _PRINTABLE} | {chr(256 + i): bytes([b]) for i, b in enumerate(_OTHERS)}
 
 
-# ---- the tokenizers library
-
-def library_call(words: str, call: Callable[[], Result]) -> Result:
-    """What `call` returns; whatever the tokenizers library raises in it becomes a ValueError with one line.
-
-    Where a file surprises the library, it panics: that raises a BaseException which is no Exception, and
-    writes to stderr, which is not shown. What other threads write to stderr in that time is lost, too.
-    """
-    with _without_stderr():
-        try:
-            return call()
-        except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-            raise
-        except BaseException as error:
-            raise ValueError(f"{words}: {one_line(error)}") from None
-
-
-@contextmanager
-def _without_stderr() -> Iterator[None]:
-    """Nothing that is written to stderr by way of its file descriptor is shown."""
-    with _stderr_lock:
-        try:
-            kept = os.dup(STDERR)
-        except OSError:                     # the caller has closed it
-            kept = None
-        if kept is not None:
-            nowhere = os.open(os.devnull, os.O_WRONLY)
-            os.dup2(nowhere, STDERR)
-            os.close(nowhere)
-        try:
-            yield
-        finally:
-            if kept is not None:
-                os.dup2(kept, STDERR)
-                os.close(kept)
-
-
 # ---- the files
-
-def _special_tokens(tokenizer: Tokenizer) -> dict[str, int]:
-    """The id of each special token."""
-    added = tokenizer.get_added_tokens_decoder()
-    return {token.content: i for i, token in added.items() if token.special}
-
 
 def _eos_token(settings: dict, path: Path) -> str | None:
     """The end-of-text token that tokenizer_config.json names, for templates that write it."""
@@ -263,14 +213,15 @@ def _read_stop_ids(path: Path, config: Config) -> tuple[int, ...]:
     return ids
 
 
-def _read_tokenizer(path: Path, config: Config) -> Tokenizer:
+def _read_tokenizer(path: Path, config: Config) -> tuple[Tokenizer, Vocabulary]:
     """The tokenizer, checked against the model: Meta's numbering is not the hub's, and forks add tokens."""
     content = read_bytes(path)
     name = named(path)
-    tokenizer = library_call(f"{name}: not readable as a tokenizer", lambda: Tokenizer.from_buffer(content))
-    if not isinstance(tokenizer.decoder, decoders.ByteLevel):
+    tokenizer, vocabulary = library_call(f"{name}: not readable as a tokenizer",
+                                         lambda: load_tokenizer(content))
+    if not vocabulary.byte_level:
         raise ValueError(f"{name}: not a byte-level tokenizer, as Llama 3's is")
-    special = _special_tokens(tokenizer)
+    special = vocabulary.special
     for token in BEGIN, IMAGE:
         if token not in special:
             raise ValueError(f"{name}: lacks the special token {token}: it is another model's")
@@ -278,10 +229,7 @@ def _read_tokenizer(path: Path, config: Config) -> Tokenizer:
         raise ValueError(f"{name}: {IMAGE} is token {special[IMAGE]}, but config.json says image_token_index "
                          f"{config.image_token_index}: take both files from the same checkpoint")
     rows = config.text.vocab_size + EXTRA_EMBEDDINGS
-    last = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    last = max(vocabulary.texts)
     if last >= rows:
         raise ValueError(f"{name}: has ids up to {last}, but the model embeds only {rows} tokens")
-    tokenizer.no_truncation()               # the file may ask for both: prompts would be cut or padded
-    tokenizer.no_padding()
-    tokenizer.encode_special_tokens = True  # a special token typed in ordinary text is only characters
-    return tokenizer
+    return tokenizer, vocabulary

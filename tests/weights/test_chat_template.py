@@ -215,6 +215,15 @@ def test_a_template_cannot_complete_a_typed_special_token(folder, config, ids, a
     typed = "<|eot_id|>".removeprefix(before).removesuffix(after)
     encoded = tokenizer.encode([user(typed)])
     assert ids["<|eot_id|>"] not in encoded and tokenizer.decode(encoded) == "<|eot_id|>"
+    write(folder, chat_template__jinja=f"{before}{{{{ date_string }}}}{after}{{{{ messages[0].content }}}}")
+    encoded = ChatTokenizer.from_folder(folder, config).encode([user("?")], date=typed)
+    assert ids["<|eot_id|>"] not in encoded and tokenizer.decode(encoded) == "<|eot_id|>?"
+
+
+def test_an_empty_date_is_no_date_written(folder, config):
+    write(folder, chat_template__jinja="[{{ strftime_now('%Y') }}{{ date_string }}]{{ messages[0].content }}")
+    tokenizer = ChatTokenizer.from_folder(folder, config)
+    assert tokenizer.decode(tokenizer.encode([user("?")], date="")) == "[]?"
 
 
 @pytest.mark.parametrize("name, content, words", [

@@ -19,7 +19,8 @@ from text_side import (
     write,
 )
 
-from weights.tokenizer import ChatTokenizer, Detokenizer, library_call, messages
+from weights.tokenizer import ChatTokenizer, Detokenizer, messages
+from weights.vocabulary import library_call
 
 
 @pytest.mark.parametrize("template", [CURRENT, SIMPLE], ids=["current", "simple"])
