@@ -92,13 +92,16 @@ class ChatTemplate:
         said = []
         for turn in turns:
             for i, text in enumerate(turn.parts):
-                if not text or text.isspace():
-                    continue                        # an image, or nothing that must be written
+                if text is None:
+                    continue
                 core = text.strip()
+                if not core:                        # only white space: it need not be written
+                    turn.parts[i] = text.translate(self.guard)
+                    continue
                 before, after = text.split(core, 1)
                 mark = chr(TEXT_MARKS[len(said) % len(TEXT_MARKS)])
                 marked = self._guarded(core, mark)
-                turn.parts[i] = before + marked + after
+                turn.parts[i] = before.translate(self.guard) + marked + after.translate(self.guard)
                 said.append(Said(turn.role, text, marked))
         return said
 

@@ -228,6 +228,10 @@ def _read_tokenizer(path: Path, config: Config) -> tuple[Tokenizer, Vocabulary]:
     if special[IMAGE] != config.image_token_index:
         raise ValueError(f"{name}: {IMAGE} is token {special[IMAGE]}, but config.json says image_token_index "
                          f"{config.image_token_index}: take both files from the same checkpoint")
+    shortest = min(special, key=len)
+    if len(shortest) < 2:
+        raise ValueError(f"{name}: the special token {quoted(shortest)} is one character, and every text has "
+                         "some of those: special tokens must be longer")
     rows = config.text.vocab_size + EXTRA_EMBEDDINGS
     last = max(vocabulary.texts)
     if last >= rows:

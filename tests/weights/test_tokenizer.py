@@ -58,6 +58,16 @@ def test_typed_special_tokens_are_plain_text(current, ids, parts, images):
     assert current.decode(typed).count("".join(parts)) == 2            # and not a character of it is lost
 
 
+def test_typed_special_tokens_of_white_space_are_plain_text(folder, config):
+    data = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    data["added_tokens"].append({**data["added_tokens"][0], "content": "\n \n", "id": 402})
+    write(folder, tokenizer__json=data)
+    tokenizer = ChatTokenizer.from_folder(folder, config)
+    for text in "\n \nred", "red\n \n", "red\n \nred":
+        encoded = tokenizer.encode(messages(text))
+        assert 402 not in encoded and text in tokenizer.decode(encoded)
+
+
 def test_built_in_format_for_instruct_models(folder, config):
     tokenizer = ChatTokenizer.from_folder(folder, config)
     for turns in CONVERSATIONS.values():

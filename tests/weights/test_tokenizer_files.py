@@ -62,6 +62,10 @@ def test_a_tokenizer_of_another_model_is_refused(folder, config, ids):
         data["decoder"] = {"type": "Fuse"}
 
     assert "lacks the special token <|image|>" in line(without("<|image|>"))
+    def short(data):
+        data["added_tokens"].append({**data["added_tokens"][0], "content": "e", "id": 401})
+
+    assert "the special token 'e' is one character" in line(short)
     assert "lacks the special token <|image|>" in line(plain)
     assert "lacks the special token <|begin_of_text|>" in line(without("<|begin_of_text|>"))
     assert "not a byte-level tokenizer" in line(sentencepiece)
