@@ -142,7 +142,7 @@ def fail(message: object):
     """One line on stderr of bounded length, exit code 2."""
     from weights.messages import one_line  # here, because it imports torch
 
-    words = [word if len(word) < 250 else word[:100] + "…" for word in str(message).split()]
+    words = [word if len(word) < 250 else f"{word[:60]}…{word[-60:]}" for word in str(message).split()]
     try:
         say(f"error: {one_line(' '.join(words), MOST_LETTERS)}")
     except OSError:                                             # stderr is full or gone: nobody can be told

@@ -3,16 +3,17 @@
 The table has images, flags, prompts and checkpoints. A row is a name, a function that prepares the case on
 a `Bench` and returns the command line, and what the line must say. Broken checkpoints are the bundled one
 with one file damaged. All runs in this process, through `main()`, which is all that `python generate.py`
-does; the hub is never asked, its answers are imitated.
+does; the hub is never asked, its answers are imitated. Some rows are about `evaluate.py` and `benchmark.py`.
 """
 import io
 import json
+import os
 import struct
 import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from PIL import Image
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 
+import benchmark
+import evaluate
 import generate
 
 TINY = Path(__file__).parents[2] / "weights" / "tiny"
@@ -36,6 +39,7 @@ class Bench:
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch):
         self.folder, self.patch = folder, patch
         self.stdin, self.terminal = b"", False      # None: closed
+        self.program = generate
 
     def path(self, name: str, content: bytes | None = None) -> str:
         """Where the file `name` is, which is written first if it has a content."""
@@ -69,6 +73,43 @@ def flags(*args: str) -> Prepare:
 def bare(*args: str) -> Prepare:
     """These arguments and no more."""
     return lambda bench: [*args]
+
+
+def of(program: ModuleType, *args: str) -> Prepare:
+    """These arguments of another program."""
+    def prepare(bench: Bench) -> list[str]:
+        bench.program = program
+        return [*args]
+    return prepare
+
+
+def in_folder(*args: str, name: str = "", content: bytes | None = None,
+              program: ModuleType = generate) -> Prepare:
+    """Arguments in which HERE is the row's folder, and IMAGE an image in it; `name` is one more file."""
+    def prepare(bench: Bench) -> list[str]:
+        bench.program = program
+        image = bench.path("good.png", drawn("PNG"))
+        if content is not None:
+            bench.path(name, content)
+        return [arg.replace("IMAGE", image).replace("HERE", str(bench.folder)) for arg in args]
+    return prepare
+
+
+def with_pipe(name: str, prepare: Prepare) -> Prepare:
+    """With a named pipe in the row's folder."""
+    def prepared(bench: Bench) -> list[str]:
+        os.mkfifo(bench.path(name))
+        return prepare(bench)
+    return prepared
+
+
+def without_permission(prepare: Prepare) -> Prepare:
+    """Where nothing can be written; root, who may everything, is told so too."""
+    def prepared(bench: Bench) -> list[str]:
+        args = prepare(bench)
+        bench.patch.setattr(os, "access", lambda path, mode, **named: False)
+        return args
+    return prepared
 
 
 def image(name: str, content: bytes | None = None) -> Prepare:
@@ -417,8 +458,102 @@ PRUNING = [
     ("a file alone", flags("--prune", "mine.py"), "'mine.py'", "mine.py:Mine"),
 ]
 
+LONG, DIGITS = "x" * 300, "1" * 401
+MAP = "--image", "IMAGE", *QUESTION, "--save-map"
+RANDOM, SGL, QUECC = ("--prune", "random"), ("--prune", "sgl"), ("--prune", "quecc")
+ONE = "--questions", "1", "--json", "HERE/x.json"
+NUMBERS = [
+    ("length beyond all size", flags(f"{LENGTH}={DIGITS}"), LENGTH, "too large"),
+    ("length below all size", flags(f"{LENGTH}=-{DIGITS}"), LENGTH, "too large"),
+    ("length of 5000 digits", flags(f"{LENGTH}={'1' * 5000}"), LENGTH, "too large"),
+    ("length NaN", flags(LENGTH, "nan"), LENGTH, "'nan'", "whole number"),
+    ("length in floating point", flags(LENGTH, "1e3"), LENGTH, "'1e3'", "whole number"),
+    ("temperature beyond all size", flags(HEAT, "1e400"), "temperature is inf"),
+    ("temperature of 401 digits", flags(HEAT, DIGITS), "temperature is inf"),
+    ("temperature below all size", flags(f"{HEAT}=-inf"), "temperature is -inf"),
+    ("top-p infinite", flags(MASS, "inf"), "top-p is inf"),
+    ("seed beyond all size", flags("--seed", DIGITS), "--seed", "too large"),
+    ("seed NaN", flags("--seed", "nan"), "--seed", "'nan'", "whole number"),
+    ("keep beyond all size", flags(*RANDOM, "--keep", DIGITS), "too large a number", "at most 9"),
+    ("keep beyond 64 bits", flags(*RANDOM, "--keep", "1" + "0" * 25), "too large a number"),
+    ("keep of 5000 digits", flags(*RANDOM, "--keep", "1" * 5000), "keep is inf"),
+    ("keep infinite", flags(*RANDOM, "--keep", "1e400"), "keep is inf", "a number"),
+    ("keep 1e25", flags(*RANDOM, "--keep", "1e25"), "keep is 1e+25", "fraction"),
+    ("option beyond all size", flags(*RANDOM, "--set", f"seed={DIGITS}"), "too large a number"),
+    ("option beyond 64 bits", flags(*SGL, "--set", f"threshold={10 ** 25}"), "too large a number"),
+    ("questions of 401 digits", of(evaluate, "--questions", DIGITS), "--questions", "too large"),
+    ("questions beyond reason", of(evaluate, "--questions", "1" + "0" * 12), "at most 1000000"),
+    ("questions below 0", of(evaluate, "--questions", "-3"), "--questions is -3", "at least 1"),
+    ("questions not whole", of(evaluate, "--questions", "1.5"), "--questions", "'1.5'"),
+    *((f"questions {value}", of(evaluate, f"--questions={value}"), "--questions", repr(value), "whole number")
+      for value in ("nan", "inf", "1e400", "")),
+    *((f"blur {value}", of(evaluate, f"--blur={value}"), f"--blur is {float(value)}", "0 or more pixels")
+      for value in ("nan", "inf", "-inf", "1e400", "-1", "1e25", "1001")),
+    ("blur of 401 digits", of(evaluate, "--blur", DIGITS), "--blur is inf"),
+    ("blur a word", of(evaluate, "--blur", "much"), "--blur", "'much'"),
+    ("layer of 401 digits", of(evaluate, "--skip-layer", DIGITS), "--skip-layer", "too large"),
+    ("keeps, one too large", of(evaluate, *RANDOM, "--keep", f"0.5,{10 ** 25}"), "too large a number"),
+    ("rounds of 401 digits", of(benchmark, "--repeat", DIGITS), "--repeat", "too large"),
+    ("batches, one no number", of(benchmark, "--batch", "1,two"), "--batch", "'two'"),
+    ("tiles of 401 digits", of(benchmark, "--tiles", DIGITS), "--tiles", "too large"),
+]
+
+OUTPUTS = [
+    ("map over its image", in_folder(*MAP, "IMAGE"), "good.png", "this is the image"),
+    ("map over its image, spelt otherwise", in_folder(*MAP, "HERE/./good.png"), "this is the image"),
+    ("map on a pipe", with_pipe("map.png", in_folder(*MAP, "HERE/map.png")), "map.png", "not a file"),
+    ("map on a folder", in_folder(*MAP, "HERE/checkpoint.png/x.png"), "no folder", "create it"),
+    ("map in a file", in_folder(*MAP, "HERE/a.png/x.png", name="a.png", content=b""), "no folder"),
+    ("map of 300 letters", in_folder(*MAP, f"HERE/{LONG}.png"), "File name too long", "another name"),
+    ("map without permission", without_permission(in_folder(*MAP, "HERE/x.png")), "nothing can be written"),
+    ("JSON on a device", of(evaluate, "--json", "/dev/null"), "--json /dev/null", "not a file"),
+    ("JSON on a folder", in_folder("--json", "HERE", program=evaluate), "--json", "not a file"),
+    ("JSON of 300 letters", in_folder("--json", f"HERE/{LONG}", program=evaluate), "File name too long"),
+    ("JSON of 252 letters", in_folder("--questions", "1", "--json", f"HERE/{LONG[:252]}", program=evaluate),
+     ".part", "File name too long"),
+    ("JSON without permission", without_permission(in_folder("--json", "HERE/x", program=evaluate)),
+     "nothing can be written"),
+    ("JSON and plot in one file", in_folder(*RANDOM, "--json", "HERE/x.png", "--plot", "HERE/./x.png",
+                                            program=evaluate), "same file", "two names"),
+    ("plot of 300 letters", in_folder(*RANDOM, "--plot", f"HERE/{LONG}.png", program=evaluate), "too long"),
+    ("plot without permission",
+     without_permission(in_folder(*RANDOM, "--plot", "HERE/x.png", program=evaluate)),
+     "nothing can be written"),
+    ("part on a pipe", with_pipe("x.json.part", in_folder(*ONE, program=evaluate)), "part", "not a file"),
+    ("part of something else", in_folder(*ONE, name="x.json.part", content=b"mine\n", program=evaluate),
+     "x.json.part", "delete this file"),
+    ("figures on a device", of(benchmark, "--json", "/dev/null"), "--json /dev/null", "not a file"),
+    ("figures of 300 letters", in_folder("--json", f"HERE/{LONG}", program=benchmark), "File name too long"),
+    ("drawing of 300 letters", in_folder("--plot", f"HERE/{LONG}.png", program=benchmark), "name too long"),
+    ("drawing without permission", without_permission(in_folder("--plot", "HERE/x.png", program=benchmark)),
+     "nothing can be written"),
+]
+
+NAMES = [
+    ("model of 300 letters", flags("--model", LONG), "neither 'tiny'"),
+    ("model of 5000 letters", flags("--model", "x" * 5000), "neither 'tiny'"),
+    ("image of 300 letters", flags("--image", LONG), "name too long"),
+    ("method of 5000 letters", flags("--prune", "x" * 5000), "choose one of none", "mine.py:Mine"),
+    ("file of 300 letters", flags("--prune", f"{LONG}.py:Mine"), "File name too long", "mine.py:Mine"),
+    ("class of 5000 letters", method("x = 1", "X" * 5000), "no class", "Pruner"),
+    ("option of 5000 letters", flags(*RANDOM, "--set", f"{'x' * 5000}=1"), "no option", "keep: a number"),
+    ("value of 5000 letters", flags(*RANDOM, "--set", "when=" + "x" * 5000), "must be prefill or"),
+    ("setting of 5000 letters", flags(*RANDOM, "--set", "x" * 5000), "option=value"),
+    ("weights of 300 letters", flags(*QUECC, "--set", f"weights={LONG}"), "File name too long"),
+    ("guide of 300 letters", in_folder("--image", "IMAGE", *QUESTION, *SGL, "--set", f"guide={LONG}"),
+     "nor a folder here"),
+    ("device of 5000 letters", flags("--device", "x" * 5000), "use cpu, cuda"),
+    ("dtype of 5000 letters", flags("--dtype", "x" * 5000), "bf16", "fp32"),
+    ("flag of 5000 letters", bare("--" + "x" * 5000), "unrecognized arguments"),
+    ("kind of 5000 letters", of(evaluate, "--kinds", "x" * 5000), "no question is of kind", "colour"),
+    ("methods of 5000 letters", of(evaluate, "--prune", "x" * 5000), "choose one of none"),
+    ("setting of methods", of(evaluate, *RANDOM, "--set", "x" * 5000), "option=value"),
+    ("weights of methods", of(evaluate, *QUECC, "--set", f"quecc.weights={LONG}"), "File name too long"),
+]
+
 KINDS = {"pruning": PRUNING, "image": IMAGES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES,
-         "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE}
+         "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE, "number": NUMBERS, "output": OUTPUTS,
+         "name": NAMES}
 ROWS = {f"{kind}: {name}": row for kind, rows in KINDS.items() for name, *row in rows}
 
 
@@ -450,18 +585,19 @@ def test_bad_input_gets_one_line(row, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["generate.py", *prepare(bench)])
+    monkeypatch.setattr(sys, "argv", ["program.py", *prepare(bench)])
     stdin = None if bench.stdin is None else Input(bench.stdin, bench.terminal)
     monkeypatch.setattr(sys, "stdin", stdin)
     before = tree(tmp_path)
 
     with pytest.raises(SystemExit) as caught:
-        generate.main()
+        bench.program.main()
 
     out, err = capsys.readouterr()
     assert caught.value.code == 2
     assert out == ""
     assert err.startswith("error: ") and err.endswith("\n") and len(err.splitlines()) == 1, err
+    assert len(err) <= 1010
     for word in words:
         assert word in err
     assert tree(tmp_path) == before
