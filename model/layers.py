@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from model.config import TextConfig
 
+FEW_KEYS = 16               # with fewer and no mask, torch's CPU kernel makes zeros where scores are NaN
+
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q [B, H, T, d] over k, v [B, G, N, d], each for H / G query heads; returns [B, T, H·d].
 
     `mask` [B, 1 or G, T, N] is True where a query may look, or is added to the scores; None if all may look
     everywhere, because fused kernels are only chosen then. Keys are never repeated. If there is one query
-    position, the heads that share a key become positions of one head: the same numbers, for any kernel.
+    position, the heads that share a key become positions of one head: the same numbers, for any kernel. What
+    is not finite never becomes a number.
     """
     B, H, T, d = q.shape
     share = H // k.shape[1]
+    if mask is None and k.shape[2] < FEW_KEYS and q.is_cpu:
+        mask = torch.ones(1, 1, T, k.shape[2], dtype=torch.bool)
+        mask = mask.tril() if causal else mask
+        causal = False
     if T == 1:
         return F.scaled_dot_product_attention(q.view(B, -1, share, d), k, v, attn_mask=mask).view(B, 1, H * d)
     if mask is not None and mask.shape[1] > 1:              # a set of its own in every key/value head
