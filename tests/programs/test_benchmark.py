@@ -284,7 +284,8 @@ def test_what_is_put_back_changes_no_logit(subject):
 
 def test_bars_read_all_slots_where_they_say_so(subject):
     jobs = waterfall.answers(subject, None, load("random", keep=0.5), 1, 1, 9, 2)
-    bytes_of = {name: job().image_kv_bytes for name, job in jobs.items() if "compiled" not in name}
+    eager = list(jobs)[:4]                              # compiling takes seconds
+    bytes_of = {name: jobs[name]().image_kv_bytes for name in eager}
     full = bytes_of["real tiles only"]
     assert bytes_of["static text cache"] == full > 0
     assert bytes_of["this project, everything put back"] == 4 * full
