@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from full_disk import full_disk
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
@@ -559,6 +560,17 @@ def test_a_map_is_drawn_and_changes_nothing(run, wide, tmp_path, kind):
         assert Image.open(path).width >= 224
         for key in "answer", "token_ids", "image_tokens", "kept_by_layer", "pruner":
             assert drawn[key] == plain[key]
+
+
+def test_a_full_disk_leaves_the_map_that_was_there(run, capsys, wide, tmp_path):
+    path = tmp_path / "map.png"
+    path.write_text("the old map")
+    with full_disk(), pytest.raises(SystemExit) as stop:
+        run("--image", wide, "--prompt", "What is this?", "--max-new-tokens", "2", "--save-map", str(path))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --save-map ") and "map.png: cannot be written: " in error
+    assert path.read_text() == "the old map" and list(tmp_path.iterdir()) == [path]
 
 
 def test_a_chat_prunes_anew_for_every_question(run, say, wide, monkeypatch):
