@@ -33,7 +33,7 @@ from weights.files import read_bytes
 from weights.messages import named, quoted
 from weights.vocabulary import Vocabulary, library_call, load_tokenizer
 
-MOST_IMAGES = 1000                  # of a message; the context of the official models holds fewer
+MOST_IMAGES = 1000                  # in one message
 
 
 def messages(prompt: str, images: int = 0, system: str | None = None,
@@ -204,7 +204,8 @@ def _read_stop_ids(path: Path, config: Config) -> tuple[int, ...]:
     """The tokens that end an answer, of generation_config.json or else of config.json."""
     value = read_settings(path).get("eos_token_id")
     if value is None:
-        return config.text.eos_token_id
+        path = path.with_name("config.json")
+        value = config.text.eos_token_id
     ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
     rows = config.text.vocab_size + EXTRA_EMBEDDINGS
     if not ids or any(type(i) is not int or not 0 <= i < rows for i in ids):

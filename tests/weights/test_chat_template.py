@@ -2,7 +2,18 @@
 from datetime import datetime
 
 import pytest
-from text_side import CONVERSATIONS, IMAGE_PART, RAISING, SIMPLE, refusal, text_part, theirs, user, write
+from text_side import (
+    CONVERSATIONS,
+    IMAGE_PART,
+    RAISING,
+    SIMPLE,
+    refusal,
+    short,
+    text_part,
+    theirs,
+    user,
+    write,
+)
 
 from weights.tokenizer import ChatTokenizer, messages
 
@@ -240,7 +251,7 @@ def test_an_empty_date_is_no_date_written(folder, config):
     ("chat_template__jinja", "x" * 60_001, "60,001 characters"),
     ("chat_template__jinja", "{{ " + "(" * 5000 + ")" * 5000 + " }}", "does not parse"),
     ("chat_template__jinja", "{% for a in 'a' %}" * 90 + "{% endfor %}" * 90, "does not parse"),
-])
+], ids=short)
 def test_odd_template_files_are_refused_in_one_line(folder, config, name, content, words):
     write(folder, **{name: content})
     line = refusal(ChatTokenizer.from_folder, folder, config)
@@ -268,7 +279,7 @@ def test_refusals_have_a_bounded_length(folder, config, turns):
     ([{"role": "assistant", "content": "\udfff"}, user("x")], "text of the assistant message is not valid"),
     ([{"role": ["user"], "content": "x"}], "not ['user']"),
     (["user"], "the role of a message must be one of system, user, assistant, not 'user'"),
-])
+], ids=short)
 def test_refusals_name_the_remedy(current, turns, words):
     assert words in refusal(current.encode, turns)
 

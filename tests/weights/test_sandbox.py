@@ -1,6 +1,6 @@
 """weights/sandbox.py and meter.py: a chat template is foreign code, but it ends soon whatever it does."""
 import pytest
-from text_side import CONVERSATIONS, CURRENT, refusal, theirs, user, write
+from text_side import CONVERSATIONS, CURRENT, refusal, short, theirs, user, write
 
 from weights.meter import WORK, Meter
 from weights.sandbox import compile_template, render
@@ -47,7 +47,7 @@ def run(source):
     TEXTS + "{{ s | list }}", TEXTS + "{{ s | map('upper') | list }}", TEXTS + "{{ s | sort }}",
     TEXTS + "{{ l | map(attribute='0' ~ '.0' * 9999) | list }}",
     "{{ messages | tojson(indent=16) * 9999 }}", "{% autoescape 'a' * 10 ** 9 %}{% endautoescape %}",
-])
+], ids=short)
 def test_what_grows_without_end_is_stopped(source):
     assert "it takes more than 1,048,576 steps, or makes too much text" in run(source)
 
@@ -104,7 +104,7 @@ def test_what_grows_without_end_is_stopped(source):
     ("{{ messages.append(1) }}", "unsafe"),
     ("{{ cycler('a') }}", "'cycler' is undefined"),
     ("x" * 60_001, "60,001 characters, but may have at most 60,000"),
-])
+], ids=short)
 def test_what_has_no_known_cost_cannot_run(source, words):
     assert words in run(source)
 
@@ -135,7 +135,7 @@ def test_what_has_no_known_cost_cannot_run(source, words):
     ("{% if false %}{{ 'a' | wordwrap }}{% endif %}{{ 1 if messages[-1].role == 'user' else 2 }}", "1"),
     ("{% generation %}a{% endgeneration %}{%- generation -%} b {%- endgeneration %}", "ab"),
     ("{{ '<' | e }}{{ '<' | safe }}{{ messages[0].get('x', 'y') }}{{ dict(a=1).a }}", "&lt;<y1"),
-])
+], ids=short)
 def test_what_templates_are_made_of_works_as_in_jinja(source, written):
     assert run(source) == written
 

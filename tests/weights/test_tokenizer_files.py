@@ -3,7 +3,7 @@ import json
 import os
 
 import pytest
-from text_side import damaged, refusal, write
+from text_side import damaged, refusal, short, write
 
 from model.config import Config, TextConfig
 from weights.chat_template import read_settings
@@ -98,11 +98,20 @@ def test_a_panic_while_a_tokenizer_is_read_is_one_line(folder, config, capfd, ch
     ("tokenizer_config__json", "null", "holds a NoneType, not an object"),
     ("tokenizer__json", "[" * 100_000, "not readable as a tokenizer"),
     ("tokenizer__json", '{"version": "' + "9" * 100_000 + '"}', "not readable as a tokenizer"),
-])
+], ids=short)
 def test_odd_values_are_refused_in_one_line(folder, config, name, content, words):
     write(folder, **{name: content})
     line = refusal(ChatTokenizer.from_folder, folder, config)
     assert words in line and name.replace("__", ".") in line and len(line) < 700
+
+
+@pytest.mark.parametrize("eos", [(), (-1,), (5000,)])
+def test_stop_tokens_of_config_json_are_checked_too(folder, config, eos):
+    write(folder, generation_config__json={})
+    config = Config(text=TextConfig(vocab_size=config.text.vocab_size, eos_token_id=eos),
+                    image_token_index=config.image_token_index)
+    line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert f"{folder / 'config.json'}: eos_token_id must be a token id below 408" in line
 
 
 FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.json",

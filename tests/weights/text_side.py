@@ -73,6 +73,11 @@ def damaged(folder, **parts):
     write(folder, tokenizer__json={**data, **parts})
 
 
+def short(value):
+    """A test's name for a long value."""
+    return ascii(value)[:40]
+
+
 def theirs(folder, turns, template, **options):
     """Token ids as transformers makes them, the template's text tokenised as the official example does."""
     from transformers import PreTrainedTokenizerFast
