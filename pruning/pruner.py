@@ -19,7 +19,7 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
-from pruning.options import Options, check_share
+from pruning.options import Options, check_least, check_share
 from pruning.select import top_k_mask
 from weights.images import ImageProcessor
 
@@ -157,6 +157,10 @@ class SelectOnce(Pruner):
     full_layers: int = 1                                    # that attend to all tokens in prefill
     early_caches: Literal["trim", "full"] = "trim"          # what these layers keep for decoding
     when: Literal["prefill", "boundary"] = "prefill"        # boundary: every layer attends to all in prefill
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_least(self, full_layers=0)
 
     def score(self, queries: Queries, kv: ImageKV) -> Tensor:
         """How much each token is worth, [B, N]: the highest are kept."""

@@ -196,9 +196,9 @@ def test_the_realised_keep_ratio():
     assert run.answer.image_kv_bytes == (1601 + 7 * 801) * 2 * 2 * 8 * 4
 
 
-@pytest.mark.parametrize("layers", [-1, 3])
-def test_full_layers_that_the_network_lacks(layers):
-    with refused(f"full_layers is {layers}, but must be 0 to 2"):
+@pytest.mark.parametrize("layers, words", [(-1, "at least 0"), (3, "0 to 2")])
+def test_full_layers_that_the_network_lacks(layers, words):
+    with refused(f"full_layers is {layers}, but must be {words}"):
         forced(small_network(1), [PROMPT], random_image(10), FastV(full_layers=layers))
 
 

@@ -1,4 +1,6 @@
 """The options of a method: their names, types and values, from Python and from the command line."""
+import math
+from dataclasses import fields
 from typing import Literal
 
 import pytest
@@ -35,6 +37,23 @@ def test_registered_methods(method):
 def test_what_is_unknown_gets_one_line(method, settings, parts):
     with refused(parts=parts):
         load(method, **settings)
+
+
+NO_VALUES = [int(1e25), 10 ** 401, math.nan, math.inf, -1, "x", None]
+VALUES = {"seed": [-1], "guide": ["x"], "threshold": [-1, None], "budget": [None]}      # some are values here
+OPTIONS = [(method, field.name) for method in METHODS for field in fields(METHODS[method])]
+
+
+@pytest.mark.parametrize("method, option", OPTIONS, ids=map(" ".join, OPTIONS))
+def test_no_option_takes_just_anything(method, option):
+    """Every value that an option does not allow gets one line that names the option, and does not grow."""
+    allowed = [None] if (method, option) == ("zipvl", "keep") else VALUES.get(option, [])
+    for value in NO_VALUES:
+        if value in allowed:
+            load(method, **{option: value})
+        else:
+            with refused(f"^{method}: {option} is .*, but must be "):
+                load(method, **{option: value})
 
 
 @pytest.mark.parametrize("text, expected", [

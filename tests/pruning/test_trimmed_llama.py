@@ -317,9 +317,9 @@ def test_no_full_layer_reads_what_is_kept_alone():
     assert (usual.logits[:, 0] - strict.logits[:, 0]).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("layers", [-1, 3])
-def test_more_full_layers_than_there_are(layers):
-    with refused(f"full_layers is {layers}, but must be 0 to 2"):
+@pytest.mark.parametrize("layers, words", [(-1, "at least 0"), (3, "0 to 2")])
+def test_full_layers_that_the_network_lacks(layers, words):
+    with refused(f"full_layers is {layers}, but must be {words}"):
         forced(small_network(1), [[I, 5]], random_image(20, seed=1), TrimmedLlama(full_layers=layers))
 
 
