@@ -4,7 +4,6 @@ from functools import partial
 
 import helpers
 import pytest
-import reference
 import torch
 from torch import nn
 
@@ -47,31 +46,3 @@ def randomise() -> Callable[..., nn.Module]:
 @pytest.fixture(scope="session")
 def draw() -> Callable[..., Tiles]:
     return helpers.random_tiles
-
-
-# Until every file imports them from helpers.py and reference.py:
-
-
-@pytest.fixture(scope="session")
-def small():
-    return helpers.small_network
-
-
-@pytest.fixture(scope="session")
-def see():
-    return helpers.encode
-
-
-@pytest.fixture(scope="session")
-def ask():
-    return reference.forced
-
-
-@pytest.fixture(scope="session")
-def masked():
-    return reference.masked
-
-
-@pytest.fixture(scope="session")
-def attention_of():
-    return helpers.attention_of

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cache
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -217,6 +218,23 @@ def kept(kv: ImageKV, image: ImageTokens, b: int = 0) -> list[int]:
     """The same where all heads have one set."""
     only, = kept_sets(kv, image, b)
     return only
+
+
+@contextmanager
+def dropped_is_nan(method: type[Pruner], choice: str = "choose") -> Iterator[list[int]]:
+    """Features of tokens that a method did not choose become NaN at once, and nothing may depend on them.
+
+    `choice` is the name of its method(something, ImageTokens, ...) -> kept. Yields how many there were.
+    """
+    honest, dropped = getattr(method, choice), []
+
+    def choose(self: Pruner, first: object, image: ImageTokens, *rest: object) -> Tensor:
+        kept = honest(self, first, image, *rest)
+        image.features[~kept] = math.nan
+        dropped.append(int((~kept).sum()))
+        return kept
+    with patch.object(method, choice, choose):
+        yield dropped
 
 
 # ----- attention in plain loops

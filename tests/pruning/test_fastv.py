@@ -3,9 +3,6 @@
 Which query positions rank, how many layers keep everything, what the caches hold and what is counted; what
 every method promises, that dropping is masking above all, is in test_pruners.py.
 """
-import math
-from unittest.mock import patch
-
 import pytest
 import torch
 from helpers import (
@@ -16,6 +13,7 @@ from helpers import (
     batch_of,
     best,
     close,
+    dropped_is_nan,
     kept,
     random_image,
     received_by_hand,
@@ -128,15 +126,9 @@ def test_keys_and_values_of_dropped_tokens_are_never_made(layers, seed):
     """NaN in their features after the choice changes nothing."""
     network, image = small_network(seed, SHARES[seed], 3), random_image(14, seed=seed)
     expected = forced(network, [PROMPT], image, FastV(0.3, full_layers=layers))
-    choice = FastV.choose
-
-    def poison(self, queries, tokens, kv):
-        result = choice(self, queries, tokens, kv)
-        tokens.features[~result] = math.nan
-        return result
-    with patch.object(FastV, "choose", poison):
+    with dropped_is_nan(FastV) as dropped:
         run = forced(network, [PROMPT], image, FastV(0.3, full_layers=layers))
-    assert image.features.isnan().any() and torch.equal(run.logits, expected.logits)
+    assert dropped == [10] and image.features.isnan().any() and torch.equal(run.logits, expected.logits)
 
 
 def test_no_full_layers_means_random_tokens():

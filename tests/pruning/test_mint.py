@@ -16,6 +16,7 @@ from helpers import (
     batch_of,
     best,
     close,
+    dropped_is_nan,
     kept,
     random_image,
     received_by_hand,
@@ -150,17 +151,10 @@ def test_later_layers_never_read_what_the_key_branch_dropped(seed):
     """With the set of the prompt, NaN in its features after the choice changes nothing."""
     network, image = small_network(seed, SHARES[seed], 3), random_image(14, seed=seed)
     pruner = MINT(0.3, update="prefill")
-    expected, choice = forced(network, [PROMPT], image, pruner), MINT.key_set
-
-    def poison(self, received, tokens):
-        result = choice(self, received, tokens)
-        tokens.features[~result] = math.nan
-        poisoned.append(int((~result).sum()))
-        return result
-    poisoned = []
-    with patch.object(MINT, "key_set", poison):
+    expected = forced(network, [PROMPT], image, pruner)
+    with dropped_is_nan(MINT, "key_set") as dropped:
         run = forced(network, [PROMPT], image, pruner)
-    assert poisoned == [10] and torch.equal(run.logits, expected.logits)
+    assert dropped == [10] and torch.equal(run.logits, expected.logits)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

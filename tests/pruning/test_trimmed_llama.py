@@ -7,7 +7,6 @@ it leaves open and we decided, is here too; what every method promises is in tes
 import math
 import random
 from dataclasses import replace
-from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from helpers import (
     I,
     attention_of,
     close,
+    dropped_is_nan,
     half_up,
     kept,
     projected_tokens,
@@ -214,13 +214,7 @@ def test_keys_and_values_of_dropped_tokens_are_never_made(seed):
     expected = forced(network, prompts, image, pruner)
     chosen = pruner.kept
     assert chosen[0].sum() != chosen[1].sum()
-    choice = TrimmedLlama.choose
-
-    def poison(self, queries, tokens, kv):
-        result = choice(self, queries, tokens, kv)
-        tokens.features[~result] = math.nan
-        return result
-    with patch.object(TrimmedLlama, "choose", poison):
+    with dropped_is_nan(TrimmedLlama):
         run, sizes = projected_tokens(network, lambda: forced(network, prompts, image, TrimmedLlama(0.1)))
     assert image.features.isnan().any() and run.logits.isfinite().all()
     assert torch.equal(run.logits, expected.logits)
