@@ -69,6 +69,8 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
             raise ValueError(f"{name}: there is no folder {named(path.parent)}; create it first")
     except OSError as error:
         raise ValueError(f"{name}: {reason(error)}; choose another name") from None
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{name}: this file is write-protected; choose another name")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: nothing can be written in this folder; choose another one")
 
@@ -223,8 +225,7 @@ def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages
             "answered_early": answer.early,
             "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
             "tokens_per_second": round(answer.tokens_per_second, 2),
-            "image_kv_bytes": answer.image_kv_bytes,
-            "image_kv_stored_bytes": answer.image_kv_stored,
+            "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored_bytes": answer.image_kv_stored,
             "text_kv_bytes": answer.text_kv_bytes,
             "peak_memory_bytes": peak_memory()}
 

@@ -20,7 +20,10 @@ def begin(module: str):
     `module` is the caller's `__name__`: whoever imports it as a library keeps their own way with Ctrl-C.
     """
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")
-    if module == "__main__" and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    if module != "__main__":
+        return
+    reserve_descriptors()
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, end_at_once)
 
 
@@ -38,7 +41,8 @@ def run(command: Callable, arguments: Callable):
     early = signal.getsignal(signal.SIGINT) is end_at_once
     if early:
         signal.signal(signal.SIGINT, signal.default_int_handler)     # files are closed and removed first
-    open_missing_streams()
+    reserve_descriptors()
+    check_streams()
     try:
         try:
             command(arguments())
@@ -59,16 +63,17 @@ def run(command: Callable, arguments: Callable):
             signal.signal(signal.SIGINT, end_at_once)
 
 
-def open_missing_streams():
-    """Make sure that all standard streams can be used.
-
-    A closed one gets the null device, or the next file that is opened would take its place.
-    """
+def reserve_descriptors():
+    """Give closed standard streams the null device, or the next open file would take their place."""
     for descriptor in 0, 1, 2:
         try:
             os.fstat(descriptor)
         except OSError:
             os.open(os.devnull, os.O_RDWR)                      # takes the lowest number that is free
+
+
+def check_streams():
+    """Make sure that stderr and stdout can be written; what is said to a closed stderr goes nowhere."""
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115  open until the program ends
     if sys.stdout is None:

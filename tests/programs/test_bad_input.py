@@ -506,6 +506,8 @@ OUTPUTS = [
     ("map in a file", in_folder(*MAP, "HERE/a.png/x.png", name="a.png", content=b""), "no folder"),
     ("map of 300 letters", in_folder(*MAP, f"HERE/{LONG}.png"), "File name too long", "another name"),
     ("map without permission", without_permission(in_folder(*MAP, "HERE/x.png")), "nothing can be written"),
+    ("map over a protected file",
+     without_permission(in_folder(*MAP, "HERE/x.png", name="x.png", content=b"")), "write-protected"),
     ("JSON on a device", of(evaluate, "--json", "/dev/null"), "--json /dev/null", "not a file"),
     ("JSON on a folder", in_folder("--json", "HERE", program=evaluate), "--json", "not a file"),
     ("JSON of 300 letters", in_folder("--json", f"HERE/{LONG}", program=evaluate), "File name too long"),

@@ -152,7 +152,7 @@ def test_nothing_meant_for_a_closed_stderr_is_on_stdout(main, monkeypatch, capsy
 
 def test_files_never_take_the_place_of_a_closed_stream():
     """As a process whose stdin and stderr are closed; what is printed to stderr goes nowhere."""
-    code = ("import os, sys, program; program.open_missing_streams(); file = open('LICENSE'); "
+    code = ("import os, sys, program; program.begin('__main__'); file = open('LICENSE'); "
             "os.write(2, b'lost'); print(file.fileno() > 2, sys.stdin)")
     out = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "{code}" <&- 2>&-'], cwd=ROOT, check=True,
                          stdout=subprocess.PIPE, text=True).stdout
@@ -213,7 +213,7 @@ def test_what_stdout_cannot_hold_is_escaped(main, monkeypatch, encoding):
     for answer, data in (("é☃", {"answer": "é☃"}), ("Y", {"model": "caf\udce9"})):
         written = io.BytesIO()
         monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
-        program.open_missing_streams()
+        program.check_streams()
         program.write(answer + "\n")
         write_json(data)
         text, line = written.getvalue().decode(encoding).splitlines()
