@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
+from model.llama_vision import LlamaVision
 from pruning.attention import attention_received, every_image
 from pruning.options import check_least
 from pruning.pruner import Pruner
@@ -34,12 +35,17 @@ class MINT(Pruner):
     update: Literal["step", "prefill"] = "step"         # when the key set is chosen
     ref: Literal["full", "key"] = "full"                # the branch that says which tokens are plausible
     paper = "Wang et al. 2025, arXiv 2502.00717"
+    differ = None                                       # [B, 1] whether the branches see different tokens
 
     def __post_init__(self):
         super().__post_init__()
         check_least(self, alpha=0, beta=0, n_sel=1)
         if self.beta > 1:
             raise ValueError(f"mint: beta is {self.beta}, but must be at most 1")
+
+    def begin(self, model: LlamaVision):
+        if self.differ is None:
+            raise ValueError("mint reads every prompt twice: call pruner.around(generate), not generate")
 
     def around(self, generate: Callable) -> Callable:
         """`generate` on a batch of twice the size: first the key branches, then the full ones."""

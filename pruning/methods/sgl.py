@@ -43,6 +43,7 @@ class SGL(SelectOnce):
     name = "sgl"
     paper = "Zhao et al. 2025, arXiv 2412.03324"
     keep_states = True                      # its tiles, which the small model encodes for itself
+    scores = None                           # [B, N] of the guide
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,6 +60,10 @@ class SGL(SelectOnce):
 
     def around(self, generate: Callable) -> Callable:
         return Cascade(self, generate)
+
+    def begin(self, model: LlamaVision):
+        if self.scores is None:
+            raise ValueError("sgl needs its guide's answer first: call pruner.around(generate), not generate")
 
     def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         return image.take(top_k_mask(self.scores, self.keep, image)) if self.before_the_first_layer else image

@@ -1,6 +1,7 @@
 """What `generate` and the Assistant refuse, in one line, before anything is computed."""
 import pytest
 import torch
+from PIL import Image
 
 from generate import Assistant, generate
 from model.llama_vision import LlamaVision
@@ -68,6 +69,14 @@ def test_states_that_were_not_kept(assistant, draw, method):
     pruner = load(method, keep=0.5)
     refused(lambda: generate(assistant.model, [prompt], tokens, 4, (), pruner=pruner),
             method, "keep_states=True")
+
+
+@pytest.mark.parametrize("method", ["mint", "sgl"])
+def test_a_method_around_generate_is_not_called_by_generate(assistant, method):
+    tokens = assistant.encode_images([Image.new("RGB", (40, 30))], keep_states=True).tokens
+    prompt = assistant.tokenizer.encode(messages("What?", 1))
+    pruner = load(method, keep=0.5)
+    refused(lambda: generate(assistant.model, [prompt], tokens, 4, (), pruner=pruner), "around(generate)")
 
 
 def test_a_model_without_weights(assistant):

@@ -86,7 +86,7 @@ def test_no_file_is_over_300_lines_and_no_function_over_50(path):
         assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
-LINES = {"random": 15, "mint": 80, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 175, "quecc": 140,
+LINES = {"random": 15, "mint": 85, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 180, "quecc": 140,
          "attention_predictor": 175}
 
 
