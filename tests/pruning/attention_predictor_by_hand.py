@@ -2,7 +2,7 @@
 import math
 
 import torch
-from helpers import half_up, softmax
+from loops import half_up, softmax
 from torch import Tensor
 
 from pruning.methods.attention_predictor import AttentionPredictor, Network

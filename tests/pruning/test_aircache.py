@@ -9,7 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import CROSS, SHARES, I, close, kept, random_image, refused, small_network, softmax
+from helpers import CROSS, SHARES, I, close, kept, random_image, refused, small_network
+from loops import softmax
 from reference import forced
 
 from model.decoder import CrossAttentionLayer, SelfAttentionLayer

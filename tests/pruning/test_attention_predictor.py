@@ -21,8 +21,8 @@ from helpers import (
     refused,
     small_network,
     tile_coords,
-    watched,
 )
+from loops import watched
 from reference import forced, masked
 
 from model.image_tokens import ImageKV, ImageTokens

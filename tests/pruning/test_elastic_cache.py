@@ -8,21 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import (
-    SHARES,
-    I,
-    attention_of,
-    best,
-    close,
-    encode,
-    half_up,
-    kept,
-    noise,
-    received_by_hand,
-    refused,
-    small_network,
-    watched,
-)
+from helpers import SHARES, I, attention_of, close, encode, kept, noise, refused, small_network
+from loops import best, half_up, received_by_hand, watched
 from reference import forced, masked
 from torch import Tensor
 

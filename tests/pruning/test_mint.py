@@ -14,16 +14,14 @@ from helpers import (
     I,
     attention_of,
     batch_of,
-    best,
     close,
     dropped_is_nan,
     kept,
     random_image,
-    received_by_hand,
     refused,
     small_network,
-    watched,
 )
+from loops import best, received_by_hand, watched
 from reference import Run, forced, masked_branches
 from torch import Tensor
 

@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from helpers import I, close, half_up, noise, random_tiles, refused, small_network, tile_coords
+from helpers import I, close, noise, random_tiles, refused, small_network, tile_coords
+from loops import half_up
 from reference import forced, masked
 from topv_by_hand import slow_cost, slow_importance, slow_pick
 from torch import Tensor

@@ -17,13 +17,12 @@ from helpers import (
     attention_of,
     close,
     dropped_is_nan,
-    half_up,
     kept,
-    projected_tokens,
     random_image,
     refused,
     small_network,
 )
+from loops import half_up, projected_tokens
 from reference import forced, masked
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode

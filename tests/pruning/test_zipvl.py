@@ -9,19 +9,8 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import (
-    CROSS,
-    SHARES,
-    I,
-    attention_of,
-    close,
-    kept_sets,
-    random_image,
-    received_by_hand,
-    refused,
-    small_network,
-    watched,
-)
+from helpers import CROSS, SHARES, I, attention_of, close, kept_sets, random_image, refused, small_network
+from loops import received_by_hand, watched
 from reference import forced, masked
 from torch import Tensor
 
