@@ -1,4 +1,4 @@
-"""How often a checkpoint is right about the built-in scenes, whole and pruned: `python evaluate.py`.
+"""How often a checkpoint is right about the built-in scenes, pruned or not: `python evaluate.py`.
 
     evaluation/exam.py ── questions ─► examine, with every pruner ── records ─► evaluation/scoring.py
             ─► figures ─► --json, and evaluation/plot.py ─► a table and a curve

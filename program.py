@@ -77,7 +77,7 @@ def check_streams():
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w", encoding="utf-8")    # noqa: SIM115  open until the program ends
     if sys.stdout is None:
-        fail("standard output is closed, so the answer would be lost; to be rid of it, use > /dev/null")
+        fail("standard output is closed, so the answer would be lost: use > /dev/null if that is meant")
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")       # what its encoding lacks is escaped
 

@@ -310,8 +310,8 @@ def test_a_stopped_sweep_goes_on_where_it_was(sweep, run, monkeypatch, tmp_path)
     monkeypatch.setattr(evaluate, "examine", counted)
     run(*SWEEP, "--json", out)
     assert asked == [scene for scene, _ in make_exam(12)]
-    whole = json.loads((sweep / "out.json").read_text())
-    assert timeless(json.loads(out.read_text())) == timeless(whole)
+    expected = json.loads((sweep / "out.json").read_text())
+    assert timeless(json.loads(out.read_text())) == timeless(expected)
     assert list(tmp_path.iterdir()) == [out]
 
 
