@@ -1,13 +1,9 @@
 """`--pruner FILE.py:CLASS`: the tests that every pruning method must pass, for a method of your own too."""
-from collections.abc import Callable
 from functools import partial
 
-import helpers
 import pytest
 import torch
-from torch import nn
 
-from model.image_tokens import Tiles
 from pruning import METHODS, load
 
 torch.set_num_threads(1)            # the networks of these tests are too small to share
@@ -36,13 +32,3 @@ def pytest_generate_tests(metafunc: pytest.Metafunc):
             case = pytest.param(partial(load, method, **options), id=name)
             cases.setdefault((method, *options.items()), case)
     metafunc.parametrize("make", cases.values())
-
-
-@pytest.fixture(scope="session")
-def randomise() -> Callable[..., nn.Module]:
-    return helpers.randomise
-
-
-@pytest.fixture(scope="session")
-def draw() -> Callable[..., Tiles]:
-    return helpers.random_tiles

@@ -9,6 +9,7 @@ import re
 
 import pytest
 import torch
+from helpers import close, random_tiles, randomise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,7 +42,7 @@ GRIDS = [[(2, 2)], [], [(1, 1), (1, 3)], [(1, 2), (2, 1)], [(1, 1)]]
 
 
 @pytest.fixture(scope="module")
-def network(randomise) -> LlamaVision:
+def network() -> LlamaVision:
     return randomise(LlamaVision(CONFIG), CONFIG.vision, seed=1).requires_grad_(False)
 
 
@@ -57,8 +58,8 @@ def trained(network) -> LlamaVision:
 
 
 @pytest.fixture(scope="module")
-def tiles(draw) -> list[Tiles | None]:
-    return [draw(grids, CONFIG.vision, seed) if grids else None for seed, grids in enumerate(GRIDS)]
+def tiles() -> list[Tiles | None]:
+    return [random_tiles(grids, CONFIG.vision, seed) if grids else None for seed, grids in enumerate(GRIDS)]
 
 
 @pytest.fixture
@@ -79,10 +80,6 @@ def pad(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [2] * (max(map(len, rows)) - len(row)) for row in rows])
 
 
-def close(a: Tensor, b: Tensor, atol: float = 1e-5):
-    torch.testing.assert_close(a, b, atol=atol, rtol=0)
-
-
 def greedy(network: LlamaVision, rows: list[list[int]], image, steps: int) -> tuple[list[list[int]], Tensor]:
     """New tokens of each row, and the logits [B, steps, V] that they were chosen from."""
     logits, cache = network.prefill(pad(rows), [len(row) for row in rows], image, steps)
@@ -96,10 +93,10 @@ def greedy(network: LlamaVision, rows: list[list[int]], image, steps: int) -> tu
 # ----- rows that see no image
 
 
-def test_rows_before_the_image_are_those_of_a_text_model(network, draw):
+def test_rows_before_the_image_are_those_of_a_text_model(network):
     """Bit for bit: they skip the cross-attention layers, also beside rows that see theirs already."""
     ids = torch.tensor([[5, 6, 7, IMAGE, 9, 10], [5, IMAGE, 6, 7, 8, 9]])
-    tiles = [draw([(1, 2)], CONFIG.vision, seed) for seed in range(2)]
+    tiles = [random_tiles([(1, 2)], CONFIG.vision, seed) for seed in range(2)]
     for rows in [0], [1], [0, 1]:
         seeing = network(ids[rows], [tiles[row] for row in rows])
         blind = network(torch.where(ids == IMAGE, 11, ids)[rows], [None] * len(rows))
@@ -109,10 +106,10 @@ def test_rows_before_the_image_are_those_of_a_text_model(network, draw):
             assert ((with_image - without)[first:].abs().amax(-1) > 0.1).all()
 
 
-def test_a_text_only_sequence_of_a_mixed_batch_is_that_of_a_text_model(network, draw):
+def test_a_text_only_sequence_of_a_mixed_batch_is_that_of_a_text_model(network):
     """Bit for bit, while reading and while decoding; also beside a row that sees its image from the start."""
     ids = torch.tensor([[IMAGE, 6, 7, 8], [9, 10, 11, 12]])
-    image = network.encode([draw([(1, 2)], CONFIG.vision), None])
+    image = network.encode([random_tiles([(1, 2)], CONFIG.vision), None])
     text = ids.clone()
     text[0, 0] = 5
     mixed, alone = network.prefill(ids, [4, 4], image, 2), network.prefill(text, [4, 4], None, 2)
@@ -123,11 +120,11 @@ def test_a_text_only_sequence_of_a_mixed_batch_is_that_of_a_text_model(network, 
         assert torch.equal(seeing[1], blind[1]) and not torch.equal(seeing[0], blind[0])
 
 
-def test_an_image_does_not_reach_the_text_before_it_or_after_the_next(network, draw):
+def test_an_image_does_not_reach_the_text_before_it_or_after_the_next(network):
     """Two images apart: the second changes nothing before it, and the first is out of sight after it."""
     ids = torch.tensor([[5, IMAGE, 6, 7, IMAGE, 8, 9]])
-    a, b = draw([(1, 2)], CONFIG.vision, 1), draw([(1, 1)], CONFIG.vision, 2)
-    other = draw([(1, 1)], CONFIG.vision, 3)
+    a, b = random_tiles([(1, 2)], CONFIG.vision, 1), random_tiles([(1, 1)], CONFIG.vision, 2)
+    other = random_tiles([(1, 1)], CONFIG.vision, 3)
     base, second = network(ids, [Tiles.cat([a, b])]), network(ids, [Tiles.cat([a, other])])
     close(base[:, :4], second[:, :4])
     assert ((base - second)[:, 4:].abs().amax(-1) > 0.01).all()
@@ -140,12 +137,12 @@ def test_an_image_does_not_reach_the_text_before_it_or_after_the_next(network, d
     close(kv.key, unseen.key)
 
 
-def test_a_batch_of_text_alone(network, draw):
+def test_a_batch_of_text_alone(network):
     """No image anywhere, said in three ways: no cross-attention, and decoding goes on like reading."""
     rows = [[5, 6, 7, 8], [9, 10]]
     assert network.encode([None, None]) is None
-    assert network.encode([draw([], CONFIG.vision), None]) is None
-    close(network(pad(rows), [draw([], CONFIG.vision)] * 2), network(pad(rows), [None] * 2), atol=0)
+    assert network.encode([random_tiles([], CONFIG.vision), None]) is None
+    close(network(pad(rows), [random_tiles([], CONFIG.vision)] * 2), network(pad(rows), [None] * 2), atol=0)
     tokens, logits = greedy(network, rows, None, 5)
     for row, new, seen in zip(rows, tokens, logits, strict=True):
         close(seen, network(torch.tensor([row + new[:-1]]), [None])[0, len(row) - 1:])
@@ -189,8 +186,8 @@ def test_the_text_cache_is_allocated_once(network, tiles):
     ([[5, IMAGE, IMAGE, 7]], [[(1, 1), (1, 1)]], False, (True, True)),                  # the first sees one
     ([[5, IMAGE, 7, 8], [5, 6, IMAGE, 8]], [[(1, 1)], [(1, 1)]], True, (True, True)),
     ([[IMAGE, 5], [6, 7]], [[(1, 1)], []], True, (False, True))])
-def test_masks_only_where_needed(network, draw, calls, rows, grids, prefill, decode):
-    image = network.encode([draw(row, CONFIG.vision) if row else None for row in grids])
+def test_masks_only_where_needed(network, calls, rows, grids, prefill, decode):
+    image = network.encode([random_tiles(row, CONFIG.vision) if row else None for row in grids])
     ids = torch.tensor(rows)
     assert (attention_mask(visible_images(ids, IMAGE), image) is None) == prefill
     calls.clear()
@@ -227,7 +224,7 @@ def test_attention_shares_heads_without_repeating_and_has_no_mask(network, tiles
         assert all(mask.tolist() == [[[[i < 9 + step for i in range(BUCKET)]]]] for mask in masks)
 
 
-def test_attention_without_shared_heads_does_not_ask_for_them(randomise, calls):
+def test_attention_without_shared_heads_does_not_ask_for_them(calls):
     config = config_from_dict(SMALL | {"text_config": SMALL["text_config"] | {"num_key_value_heads": 4}})
     randomise(LlamaVision(config), config.vision, 0)(torch.tensor([[5, 6]]), [None])
     assert len(calls) == SELF and not any(call["gqa"] for call in calls)
@@ -244,8 +241,8 @@ def general_path(monkeypatch, encoder: VisionEncoder, pixels: Tensor, grid) -> T
 
 
 @every_ratio
-def test_computing_padding_once_changes_nothing(double, draw, monkeypatch, calls, grid):
-    encoder, pixels = double.vision_model, draw([grid] * 2, CONFIG.vision).pixels.double()
+def test_computing_padding_once_changes_nothing(double, monkeypatch, calls, grid):
+    encoder, pixels = double.vision_model, random_tiles([grid] * 2, CONFIG.vision).pixels.double()
     short, real = encoder(pixels, grid)[0], math.prod(grid)
     computed = sum(call["q"][2] for call in calls[:2])
     assert computed == min(real + 1, 4) * (TOKENS + 1)              # tiles, and a zero token for each
@@ -259,9 +256,9 @@ def test_computing_padding_once_changes_nothing(double, draw, monkeypatch, calls
 @pytest.mark.parametrize("table", ["pre_tile_positional_embedding.embedding",
                                    "post_tile_positional_embedding.embedding",
                                    "gated_positional_embedding.tile_embedding"])
-def test_tables_that_tell_padding_tiles_apart_take_the_general_path(double, draw, monkeypatch, table):
+def test_tables_that_tell_padding_tiles_apart_take_the_general_path(double, monkeypatch, table):
     encoder, grid = copy.deepcopy(double.vision_model), (1, 2)
-    pixels = draw([grid], CONFIG.vision).pixels.double()
+    pixels = random_tiles([grid], CONFIG.vision).pixels.double()
     official = encoder(pixels, grid)[0]
     rows = encoder.get_submodule(table).weight[CONFIG.vision.ratio_id(*grid)].unflatten(0, (4, -1))
     rows[2:] = torch.arange(rows.shape[1]).sin()                    # not official, but both alike
@@ -406,7 +403,7 @@ def test_bfloat16_is_near_float32(network, tiles):
     ([[5, 6], [IMAGE, 6]], [[], [(1, 1), (1, 2)]], ["sequence 1", "1 image tokens", "2 images"]),
     ([[5, IMAGE], [IMAGE, 6]], [[(1, 1)]], ["2 sequences"]),
     ([[5, IMAGE]], [[(2, 3)]], ["2 x 3"])])
-def test_images_that_do_not_fit_the_text(network, draw, rows, grids, fragments):
+def test_images_that_do_not_fit_the_text(network, rows, grids, fragments):
     """One line, by forward and by prefill."""
     tiles = [Tiles(torch.zeros(len(row), 4, 3, 28, 28), torch.tensor(row)) if row else None for row in grids]
     ids = torch.tensor(rows)
@@ -429,17 +426,17 @@ def counted(function) -> int:
 
 
 @every_ratio
-def test_flops_of_the_encoder(network, draw, grid):
-    pixels = draw([grid], CONFIG.vision).pixels
+def test_flops_of_the_encoder(network, grid):
+    pixels = random_tiles([grid], CONFIG.vision).pixels
     assert counted(lambda: network.vision_model(pixels, grid)) == network.vision_model.flops(grid)
 
 
 @pytest.mark.parametrize("grids", [[], [(2, 1)], [(1, 1), (1, 3)]], ids=["text", "one", "two"])
-def test_flops_of_an_answer(network, draw, grids):
+def test_flops_of_an_answer(network, grids):
     """Exactly, but that PyTorch counts causal attention over all pairs, of which half are left out, and all
     slots of the text cache."""
     prompt, steps = 9, 4
-    tiles = [draw(grids, CONFIG.vision)] if grids else [None]
+    tiles = [random_tiles(grids, CONFIG.vision)] if grids else [None]
     ids = torch.tensor([[IMAGE] * len(grids) + list(range(5, 5 + prompt - len(grids)))])
     flops = network.flops(prompt, grids, steps)
     assert counted(lambda: network.encode(tiles)) == flops["encode"]
@@ -453,10 +450,10 @@ def test_flops_of_an_answer(network, draw, grids):
 
 
 @pytest.mark.parametrize("kept", [1, 7])
-def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, draw, kept):
+def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, kept):
     """What a pruned cache costs: one step over the image tokens that are left."""
     ids, decoder = torch.tensor([[IMAGE, 5, 6]]), network.language_model
-    cache = network.prefill(ids, [3], network.encode([draw([(1, 2)], CONFIG.vision)]), 1)[1]
+    cache = network.prefill(ids, [3], network.encode([random_tiles([(1, 2)], CONFIG.vision)]), 1)[1]
     columns = torch.arange(2 * TOKENS) < kept
     cache.image_kv = [kv.take(columns[None]) for kv in cache.image_kv]
     expected = decoder.flops(1, 3, kept, project_image=False)
@@ -466,10 +463,10 @@ def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, draw, kept):
 
 @pytest.mark.parametrize("grids", [[], [(1, 1)], [(1, 3), (2, 2)]], ids=["text", "one", "two"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_bytes_of_the_caches(network, draw, grids, dtype):
+def test_bytes_of_the_caches(network, grids, dtype):
     held = copy.deepcopy(network).to(dtype)
     ids = torch.tensor([[IMAGE] * len(grids) + [5, 6, 7]])
-    image = held.encode([draw(grids, CONFIG.vision)])
+    image = held.encode([random_tiles(grids, CONFIG.vision)])
     _, cache = held.prefill(ids, [ids.shape[1]], image, 10)
     expected = {"text": cache.text_bytes(), "image": cache.image_bytes()}
     assert held.kv_bytes(rounded_up(ids.shape[1] + 10), grids) == expected

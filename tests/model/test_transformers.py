@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import random_tiles, randomise
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -91,7 +92,7 @@ class Batch:
         return torch.arange(self.ids.shape[1]) < torch.tensor(self.lengths)[:, None]
 
 
-def random_batch(config: Config, seed: int, draw) -> Batch:
+def random_batch(config: Config, seed: int) -> Batch:
     """One to four sequences with up to three images each, anywhere in the text, side by side or apart.
 
     One sequence at least has an image, and each seed has another ratio of the first image.
@@ -110,15 +111,15 @@ def random_batch(config: Config, seed: int, draw) -> Batch:
     next(own for own in grids if own)[0] = ratios[seed % len(ratios)]
     lengths = [len(text) for text in texts]
     ids = torch.tensor([text + [2] * (max(lengths) - len(text)) for text in texts])
-    tiles = [draw(own, config.vision, seed=10 * seed + b) if own else None for b, own in enumerate(grids)]
+    tiles = [random_tiles(own, config.vision, seed=10 * seed + b) if own else None
+             for b, own in enumerate(grids)]
     return Batch(ids, lengths, tiles, grids)
 
 
 # ----- transformers, corrected from outside
 
 
-def build(config: MllamaConfig, randomise, seed: int,
-          unused_tiles: float = 0.0) -> MllamaForConditionalGeneration:
+def build(config: MllamaConfig, seed: int, unused_tiles: float = 0.0) -> MllamaForConditionalGeneration:
     vision = config_from_dict(config.to_dict()).vision
     return randomise(MllamaForConditionalGeneration(config), vision, seed, unused_tiles)
 
@@ -190,15 +191,15 @@ def difference(a: Tensor, b: Tensor, batch: Batch) -> float:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_same_logits(seed, randomise, draw, tmp_path):
+def test_same_logits(seed, tmp_path):
     """By forward, and by prefill and decode.
 
     Every second checkpoint has values in the tables of unused tiles, as a fine-tune may: the encoder's
     general path.
     """
-    theirs = build(random_config(seed), randomise, seed, unused_tiles=float(seed % 2))
+    theirs = build(random_config(seed), seed, unused_tiles=float(seed % 2))
     ours = read_ours(theirs, tmp_path)
-    batch = random_batch(ours.config, seed, draw)
+    batch = random_batch(ours.config, seed)
     expected = run_transformers(theirs, batch)
     assert expected[batch.real].std() > 0.5                         # so that 1e-4 says something
     torch.testing.assert_close(ours(batch.ids, batch.tiles)[batch.real], expected[batch.real], **CLOSE)
@@ -211,10 +212,10 @@ def test_same_logits(seed, randomise, draw, tmp_path):
         torch.testing.assert_close(logits, last(run_transformers(theirs, batch), batch), **CLOSE)
 
 
-def test_the_seeds_cover_everything(draw):
+def test_the_seeds_cover_everything():
     """The random draws above hold what they are said to hold."""
     configs = [config_from_dict(random_config(seed).to_dict()) for seed in SEEDS]
-    batches = [random_batch(config, seed, draw) for seed, config in zip(SEEDS, configs, strict=True)]
+    batches = [random_batch(config, seed) for seed, config in zip(SEEDS, configs, strict=True)]
     texts = [(config.image_token_index, ids[:length].tolist(), len(grids))
              for config, batch in zip(configs, batches, strict=True)
              for ids, length, grids in zip(batch.ids, batch.lengths, batch.grids, strict=True)]
@@ -236,15 +237,15 @@ def test_the_seeds_cover_everything(draw):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
-def test_uncorrected_transformers_differs(seed, randomise, draw, tmp_path):
+def test_uncorrected_transformers_differs(seed, tmp_path):
     """In each of the two ways, and in no third."""
     config = random_config(seed)
-    theirs = build(config, randomise, seed)
+    theirs = build(config, seed)
     ours = read_ours(theirs, tmp_path)
     image = ours.config.image_token_index
     ids = torch.tensor([[4, 5, 6, image, 7, 8, 9], [4, 8, 6, 5, 7, 2, 2]])
     grids = [[(1, 1)], []]
-    batch = Batch(ids, [7, 5], [draw(grids[0], ours.config.vision), None], grids)
+    batch = Batch(ids, [7, 5], [random_tiles(grids[0], ours.config.vision), None], grids)
     logits = ours(batch.ids, batch.tiles)
     assert difference(run_transformers(theirs, batch), logits, batch) < CLOSE["atol"]
     assert difference(run_transformers(theirs, batch, taps=False), logits, batch) > DIFFERENT
@@ -254,18 +255,18 @@ def test_uncorrected_transformers_differs(seed, randomise, draw, tmp_path):
     assert difference(run_transformers(theirs, batch, taps=False, blind=False), logits, batch) > DIFFERENT
 
 
-def test_text_alone(randomise, draw, tmp_path):
+def test_text_alone(tmp_path):
     """No image in the whole batch: both leave the cross-attention layers out."""
-    theirs = build(random_config(3), randomise, 3)
+    theirs = build(random_config(3), 3)
     ours = read_ours(theirs, tmp_path)
     batch = Batch(torch.tensor([[4, 5, 6, 7], [8, 9, 2, 2]]), [4, 2], [None, None], [[], []])
     assert difference(run_transformers(theirs, batch), ours(batch.ids, batch.tiles), batch) < CLOSE["atol"]
 
 
-def test_tied_embeddings(randomise, draw, tmp_path):
+def test_tied_embeddings(tmp_path):
     """A checkpoint that leaves the head out because it is the embedding."""
     config = random_config(5)
-    theirs = build(config, randomise, 5)
+    theirs = build(config, 5)
     vocab = config.text_config.vocab_size
     theirs.lm_head.weight.copy_(theirs.get_input_embeddings().weight[:vocab])
     config.text_config.tie_word_embeddings = True
@@ -275,7 +276,7 @@ def test_tied_embeddings(randomise, draw, tmp_path):
     save_file(tensors, file)
     ours = load_model(tmp_path)
     assert ours.config.text.tie_word_embeddings
-    batch = random_batch(ours.config, 5, draw)
+    batch = random_batch(ours.config, 5)
     assert difference(run_transformers(theirs, batch), ours(batch.ids, batch.tiles), batch) < CLOSE["atol"]
 
 

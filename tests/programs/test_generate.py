@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from full_disk import full_disk
+from helpers import randomise
 from PIL import Image, ImageDraw
 from tokenizers import Tokenizer
 
@@ -50,7 +51,7 @@ def wide(tmp_path_factory) -> str:
 
 
 @pytest.fixture(scope="module")
-def assistant(randomise) -> Assistant:
+def assistant() -> Assistant:
     """The bundled prompt format and image processing, with random weights in fp32."""
     assistant = Assistant("tiny", "cpu", "fp32")
     randomise(assistant.model, assistant.model.config.vision, seed=1)
@@ -438,7 +439,7 @@ def test_dtype_is_that_of_the_weights_and_caches(run, wide):
     assert sizes["fp32"] == 2 * sizes["bf16"] > 0
 
 
-def test_sampling_from_the_command_line(run, monkeypatch, randomise):
+def test_sampling_from_the_command_line(run, monkeypatch):
     load = program.load_model
     monkeypatch.setattr(program, "load_model", lambda *args: randomise(
         load(*args), read_config(TINY).vision, seed=2))

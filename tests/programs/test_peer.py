@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers import random_tiles, randomise
 from torch import Tensor
 from transformers import CompileConfig
 
@@ -40,16 +41,16 @@ def no_grad():
 
 
 @pytest.fixture(scope="module", params=[*SHAPES, "tiny"])
-def pair(request, randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
-    return make(request.param, randomise)
+def pair(request) -> tuple[LlamaVision, dict[bool, Peer]]:
+    return make(request.param)
 
 
 @pytest.fixture(scope="module")
-def plain(randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
-    return make("plain", randomise)
+def plain() -> tuple[LlamaVision, dict[bool, Peer]]:
+    return make("plain")
 
 
-def make(name: str, randomise) -> tuple[LlamaVision, dict[bool, Peer]]:
+def make(name: str) -> tuple[LlamaVision, dict[bool, Peer]]:
     """Ours, and transformers without and with a static cache."""
     if name == "tiny":
         ours = load_model("tiny", dtype="fp32").requires_grad_(False)
@@ -80,11 +81,11 @@ def answer(peer: Peer, ids: Tensor, image: PeerImage, steps: int) -> Tensor:
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("grids", [[(1, 1)], [(1, 2)], [(2, 2)], [(2, 1), (1, 1)]], ids=str)
 @pytest.mark.parametrize("batch", [1, 3])
-def test_equal_once_corrected(pair, draw, batch, grids, static):
+def test_equal_once_corrected(pair, batch, grids, static):
     """Prefill and greedy steps; its cache has every tile slot, ours the real tiles: 4x for one tile."""
     ours, peers = pair
     peer = peers[static]
-    tiles, ids = draw(grids, ours.config.vision), prompts(ours.config, batch, len(grids))
+    tiles, ids = random_tiles(grids, ours.config.vision), prompts(ours.config, batch, len(grids))
     lengths = [ids.shape[1]] * batch
     logits, cache = ours.prefill(ids, lengths, ours.encode([tiles]).expand(batch), STEPS)
     with peer.corrected():
@@ -100,11 +101,11 @@ def test_equal_once_corrected(pair, draw, batch, grids, static):
 
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
-def test_both_are_decoded_by_the_same_loop(pair, draw, static):
+def test_both_are_decoded_by_the_same_loop(pair, static):
     """`generate` gives the same answers of both."""
     ours, peers = pair
     peer = peers[static]
-    tiles, ids = draw([(1, 2)], ours.config.vision), prompts(ours.config, 2)
+    tiles, ids = random_tiles([(1, 2)], ours.config.vision), prompts(ours.config, 2)
     expected = generate(ours, ids.tolist(), ours.encode([tiles]).expand(2), STEPS + 1, ())
     with peer.corrected():
         theirs = generate(peer, ids.tolist(), peer.encode(tiles), STEPS + 1, ())
@@ -117,12 +118,12 @@ def test_both_are_decoded_by_the_same_loop(pair, draw, static):
     assert theirs.text_kv_bytes == own * 2 * text.num_key_value_heads * text.head_dim * 4 * 2 * tokens
 
 
-def test_both_deviations_are_left_as_shipped(plain, draw):
+def test_both_deviations_are_left_as_shipped(plain):
     """Each of them alone changes the numbers, and `corrected` leaves nothing behind."""
     ours, peers = plain
     peer = peers[False]
     ids = prompts(ours.config, 1)
-    tiles = draw([(1, 1)], ours.config.vision)
+    tiles = random_tiles([(1, 1)], ours.config.vision)
     logits, _ = ours.prefill(ids, [11], ours.encode([tiles]), 1)
     shipped = peer.encode(tiles)
     with peer.corrected():
@@ -156,12 +157,12 @@ def test_the_same_memory(pair):
 
 @pytest.mark.parametrize("static", [False, True], ids=["dynamic", "static"])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_like_its_own_generate(plain, draw, monkeypatch, batch, static):
+def test_like_its_own_generate(plain, monkeypatch, batch, static):
     """The same logits, and in every step the very inputs that its generate passes."""
     ours, peers = plain
     peer = peers[static]
     ids = prompts(ours.config, batch)
-    tiles, inputs = draw([(1, 2)], ours.config.vision), []
+    tiles, inputs = random_tiles([(1, 2)], ours.config.vision), []
     hook = peer.model.register_forward_pre_hook(lambda *call: inputs.append(call[2]), with_kwargs=True)
     monkeypatch.setattr(peer, "eager", True)                # as its generate does on a CPU
     logits = answer(peer, ids, peer.encode(tiles), STEPS)
@@ -192,22 +193,22 @@ def given(call: dict, peer: Peer) -> dict:
             for name, value in call.items() if value is not None and name != peer.cache_argument}
 
 
-def test_logits_of_the_last_position_only(plain, draw):
+def test_logits_of_the_last_position_only(plain):
     ours, peers = plain
     peer = peers[False]
-    tiles, shapes = draw([(1, 1)], ours.config.vision), []
+    tiles, shapes = random_tiles([(1, 1)], ours.config.vision), []
     hook = peer.model.lm_head.register_forward_pre_hook(lambda head, args: shapes.append(args[0].shape))
     logits, _ = peer.prefill(prompts(ours.config, 3), [11] * 3, peer.encode(tiles), 1)
     hook.remove()
     assert shapes == [(3, 1, 32)] and logits.shape == (3, 60) and logits.dtype == torch.float32
 
 
-def test_images_of_their_own(plain, draw):
+def test_images_of_their_own(plain):
     """An image for each sequence gives what each sequence gives alone."""
     ours, peers = plain
     peer = peers[False]
     ids, grids = prompts(ours.config, 2), [(1, 1)]
-    states = peer.encode(draw(grids * 2, ours.config.vision)).states
+    states = peer.encode(random_tiles(grids * 2, ours.config.vision)).states
     both, _ = peer.prefill(ids, [11] * 2, PeerImage(states, grids), 1)
     for b in 0, 1:
         alone, _ = peer.prefill(ids[b:b + 1], [11], PeerImage(states[b:b + 1], grids), 1)
@@ -215,7 +216,7 @@ def test_images_of_their_own(plain, draw):
     assert (both[0] - both[1]).abs().max() > DIFFERENT
 
 
-def test_one_graph(plain, draw, monkeypatch):
+def test_one_graph(plain, monkeypatch):
     """The compiled step is one graph for all prompts of a shape, and gives what eager decoding gives."""
     ours, peers = plain
     peer, graphs = peers[True], []
@@ -229,7 +230,7 @@ def test_one_graph(plain, draw, monkeypatch):
     monkeypatch.setattr(peer, "compiling", CompileConfig(fullgraph=peer.compiling.fullgraph, backend=backend,
                                                          dynamic=peer.compiling.dynamic))
     ids = prompts(ours.config, 2)
-    image = peer.encode(draw([(1, 1)], ours.config.vision))
+    image = peer.encode(random_tiles([(1, 1)], ours.config.vision))
     for text in ids, ids.flip(0):
         compiled = answer(peer, text, image, STEPS)
         eager = answer(peers[False], text, image, STEPS)
@@ -238,11 +239,11 @@ def test_one_graph(plain, draw, monkeypatch):
     assert [mode for _, mode in graphs] == ["reduce-overhead"]
 
 
-def test_a_static_cache_is_used_again(plain, draw):
+def test_a_static_cache_is_used_again(plain):
     """At the same addresses, as a CUDA graph needs, without the last prompt; one shape at a time."""
     ours, peers = plain
     peer, ids = peers[True], prompts(ours.config, 2)
-    images = [peer.encode(draw([grid], ours.config.vision)) for grid in ((1, 1), (2, 2))]
+    images = [peer.encode(random_tiles([grid], ours.config.vision)) for grid in ((1, 1), (2, 2))]
     with peer.corrected():                                          # which decodes eagerly
         first, cache = peer.prefill(ids, [11] * 2, images[0], STEPS)
         places = [layer.keys.data_ptr() for layer in cache.kv.layers]
@@ -262,7 +263,7 @@ def test_a_static_cache_is_used_again(plain, draw):
 @pytest.mark.parametrize(("package", "words"), [
     (None, "which is missing"), (SimpleNamespace(__version__="5.17.3"), "transformers 5.17.3 is too old"),
     (SimpleNamespace(__version__="4.57.1"), "is too old")], ids=["missing", "5.17.3", "4.57.1"])
-def test_without_transformers(randomise, monkeypatch, package, words):
+def test_without_transformers(monkeypatch, package, words):
     ours = randomise(LlamaVision(SHAPES["plain"]), SHAPES["plain"].vision, seed=1)
     monkeypatch.setitem(sys.modules, "transformers", package)
     with pytest.raises(ValueError, match=words) as error:
@@ -270,10 +271,10 @@ def test_without_transformers(randomise, monkeypatch, package, words):
     assert "pip install" in str(error.value) and "\n" not in str(error.value)
 
 
-def test_bad_input(plain, draw):
+def test_bad_input(plain):
     ours, peers = plain
     peer = peers[False]
-    ids, states = prompts(ours.config, 3), peer.encode(draw([(1, 1)] * 2, ours.config.vision)).states
+    ids, states = prompts(ours.config, 3), peer.encode(random_tiles([(1, 1)] * 2, ours.config.vision)).states
     for given_states, grids, lengths, words in (
             (states, [(1, 1)], [11] * 3, "2 encoded images for 3 sequences with 1"),
             (states, [(1, 1)] * 2, [11] * 3, "sequence 0 has 1 image tokens in its text but 2"),
@@ -284,18 +285,18 @@ def test_bad_input(plain, draw):
         assert "\n" not in str(error.value)
 
 
-def test_cross_attention_in_the_first_layer_is_refused(randomise):
+def test_cross_attention_in_the_first_layer_is_refused():
     """Its masks are as long as the cache of the first layer, there the image's."""
     config = Config(SHAPES["plain"].vision, replace(TEXT, cross_attention_layers=(0, 3)), 60)
     with pytest.raises(ValueError, match="cannot decode where the first layer is a cross-attention layer"):
         Peer(LlamaVision(config))
 
 
-def test_encode_takes_images_of_all_grids(plain, draw):
+def test_encode_takes_images_of_all_grids(plain):
     """Side by side as alone, and all their tile slots."""
     ours, peers = plain
     peer = peers[False]
-    tiles = draw([(1, 1), (2, 2), (1, 3)], ours.config.vision)
+    tiles = random_tiles([(1, 1), (2, 2), (1, 3)], ours.config.vision)
     image = peer.encode(tiles)
     assert image.states.shape == (3, 4 * 5, 32) and image.grids == [(1, 1), (2, 2), (1, 3)]
     alone = peer.encode(Tiles(tiles.pixels[1:2], tiles.grid[1:2]))
