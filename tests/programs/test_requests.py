@@ -1,6 +1,7 @@
 """What `generate` and the Assistant refuse, in one line, before anything is computed."""
 import pytest
 import torch
+from helpers import random_tiles
 from PIL import Image
 
 from generate import Assistant, generate
@@ -63,8 +64,8 @@ def test_something_that_is_no_pruner(assistant, pruner):
 
 
 @pytest.mark.parametrize("method", ["topv", "quecc", "sgl"])
-def test_states_that_were_not_kept(assistant, draw, method):
-    tokens = assistant.model.encode([draw([(1, 1)], assistant.model.config.vision)])
+def test_states_that_were_not_kept(assistant, method):
+    tokens = assistant.model.encode([random_tiles([(1, 1)], assistant.model.config.vision)])
     prompt = assistant.tokenizer.encode(messages("What?", 1))
     pruner = load(method, keep=0.5)
     refused(lambda: generate(assistant.model, [prompt], tokens, 4, (), pruner=pruner),
