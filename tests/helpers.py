@@ -44,7 +44,7 @@ def refused(match: str = "", parts: Iterable[str] = (), longest: int = 400) -> I
     with pytest.raises(ValueError) as error:
         yield
     message = str(error.value)
-    assert "\n" not in message and 0 < len(message) < longest, message
+    assert message.isprintable() and 0 < len(message) < longest, message
     assert re.search(match, message), message
     for part in parts:
         assert part in message, (part, message)

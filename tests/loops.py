@@ -53,6 +53,13 @@ def received_by_hand(q: Tensor, k: Tensor, sees: dict[int, Sequence[int]], sets:
     return total
 
 
+def skewness_by_hand(values: list[float]) -> float:
+    """The adjusted Fisher-Pearson formula."""
+    n, mean = len(values), sum(values) / len(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
+    return n / ((n - 1) * (n - 2)) * sum(((v - mean) / deviation) ** 3 for v in values)
+
+
 def best(scores: list[float], n: int) -> list[int]:
     """The n highest, in their order; of equal scores the first win."""
     return sorted(sorted(range(len(scores)), key=lambda i: (-float(scores[i]), i))[:n])

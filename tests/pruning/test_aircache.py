@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from helpers import CROSS, SHARES, I, close, kept, random_image, refused, small_network
-from loops import softmax
+from loops import skewness_by_hand, softmax
 from reference import forced
 
 from model.decoder import CrossAttentionLayer, SelfAttentionLayer
@@ -29,12 +29,6 @@ strong_image = partial(random_image, scale=3)
 
 def length(x: list[float]) -> float:
     return math.sqrt(sum(v * v for v in x))
-
-
-def skewed(values: list[float]) -> float:
-    n, mean = len(values), sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return n / ((n - 1) * (n - 2)) * sum(((v - mean) / deviation) ** 3 for v in values)
 
 
 def judges_by_hand(seen: list[list[int]], text: list[float] | None, alpha: float) -> list[int]:
@@ -107,7 +101,7 @@ def expected(importances: list[list[float]], strengths: list[float] | None, keep
     """What each layer keeps of the images, each a list of its tokens."""
     result = [[] for _ in importances]
     for tokens in images:
-        skew = share([max(skewed([each[j] for j in tokens]), 0.0) for each in importances])
+        skew = share([max(skewness_by_hand([each[j] for j in tokens]), 0.0) for each in importances])
         weights = skew if strengths is None else [(a + b) / 2 for a, b in zip(share(strengths), skew,
                                                                               strict=True)]
         sets, n = len(importances), len(tokens)

@@ -35,7 +35,7 @@ FIRST = PROMPT.index(I)                 # the first position that sees the image
 SEEDS = range(3)
 
 
-def random_image(*grids: tuple[int, int], seed: int = 0) -> ImageTokens:
+def image_of(*grids: tuple[int, int], seed: int = 0) -> ImageTokens:
     """Encoded images of random features: (tiles, patches on a side) of each."""
     coords = [place for image, grid in enumerate(grids) for place in tile_coords(*grid, image)]
     return ImageTokens(noise(1, len(coords), WIDTH, seed=seed), torch.tensor([coords]))
@@ -60,7 +60,7 @@ def asked(q: list, k: list) -> tuple[list, torch.Tensor]:
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_definition(settings, seed):
     """What loops choose, in every step, head and predicted layer; and the logits of the masked network."""
-    network, image = small_network(seed, SHARES[seed], CROSS[seed]), random_image((3, 3), seed=seed)
+    network, image = small_network(seed, SHARES[seed], CROSS[seed]), image_of((3, 3), seed=seed)
     pruner = AttentionPredictor(**{"keep": 0.4, **settings})
     run, q, k = watched(network, lambda: forced(network, [PROMPT], image, pruner, steps=5))
     where, skip = [tuple(place) for place in image.coords[0].tolist()], pruner.skip_layers
@@ -82,7 +82,7 @@ def test_the_definition(settings, seed):
 @pytest.mark.parametrize("calibrate", [1, 100])
 def test_with_room_for_everything_it_is_the_full_network(calibrate):
     """Bit for bit; and the history is the same, from what was gathered as from the whole image."""
-    network, image = small_network(1, 2, 3), random_image((2, 3))
+    network, image = small_network(1, 2, 3), image_of((2, 3))
     pruner = AttentionPredictor(1.0, block=4, calibrate=calibrate)
     with patch.object(AttentionPredictor, "keeps_all", False):
         run, q, k = watched(network, lambda: forced(network, [PROMPT], image, pruner, steps=5))
@@ -95,7 +95,7 @@ def test_with_room_for_everything_it_is_the_full_network(calibrate):
 
 def test_calibration_sees_what_was_not_read():
     """Where nothing was read, a step has 0 in the history; a calibrated one has not."""
-    network, image = small_network(2, 2, 3), random_image((2, 4))
+    network, image = small_network(2, 2, 3), image_of((2, 4))
     pruner = AttentionPredictor(0.3, block=2, calibrate=3)
     forced(network, [PROMPT], image, pruner, steps=6)
     empty = (pruner.history[0][0] == 0).any(-1).any(0).tolist()             # of the prompt, then of the steps
@@ -117,7 +117,7 @@ def test_pooling_takes_the_maximum():
 
 @pytest.mark.parametrize("window", [1, 3, 64])
 def test_the_oldest_leave_first(window):
-    network, image = small_network(0, 1, 2), random_image((2, 3))
+    network, image = small_network(0, 1, 2), image_of((2, 3))
     short, long = (AttentionPredictor(0.5, block=1, calibrate=1, predictor="last", window=w)
                    for w in (window, 64))
     forced(network, [PROMPT], image, short, steps=6)
@@ -129,7 +129,7 @@ def test_the_oldest_leave_first(window):
 
 def test_the_history_is_of_the_images_that_the_last_position_sees():
     """Positions that see the first of two images apart do not count, and it has no blocks."""
-    network, image = small_network(1, 2, 3), random_image((1, 3), (2, 3))
+    network, image = small_network(1, 2, 3), image_of((1, 3), (2, 3))
     pruner = AttentionPredictor(0.5, block=3, predictor="last")
     run, q, k = watched(network, lambda: forced(network, [[I, 5, 6, I, 7, 8]], image, pruner, steps=1))
     assert pruner.history[0].shape[2:] == (3, 6) and pruner.stored[0].key.shape[2] == 20
@@ -143,7 +143,7 @@ def test_the_history_is_of_the_images_that_the_last_position_sees():
 
 def test_two_images_side_by_side_share_nothing_but_the_order():
     """Each has a budget of its own; the position of the first image sees no more than that."""
-    network, image = small_network(2, 2, 2), random_image((2, 3), (1, 3))
+    network, image = small_network(2, 2, 2), image_of((2, 3), (1, 3))
     pruner = AttentionPredictor(0.4, block=3, predictor="last")
     run, q, k = watched(network, lambda: forced(network, [[5, I, I, 7, 8]], image, pruner, steps=1))
     where = [tuple(place) for place in image.coords[0].tolist()]
@@ -160,8 +160,8 @@ def test_two_images_side_by_side_share_nothing_but_the_order():
 def test_nothing_leaks_between_the_sequences_of_a_batch(predictor):
     """Histories of other lengths and widths; each prompt reads what it reads alone, in every step."""
     network = small_network(1, 2, 3)
-    images = [random_image((3, 3), seed=1), None, random_image((1, 3), seed=2),
-              random_image((2, 3), (2, 3), seed=3)]
+    images = [image_of((3, 3), seed=1), None, image_of((1, 3), seed=2),
+              image_of((2, 3), (2, 3), seed=3)]
     prompts = [[5, I, 7, 8, 9, 10, 11], [5, 6, 7], [6, I], [I, I, 8, 9]]
     options = {"keep": 0.4, "block": 2, "predictor": predictor, "window": 6, "calibrate": 2}
     together = AttentionPredictor(**options)
@@ -182,7 +182,7 @@ def test_nothing_leaks_between_the_sequences_of_a_batch(predictor):
 
 def test_a_step_has_no_say_in_what_it_reads():
     """Another token in a step changes what the next one reads, not what it reads itself."""
-    network, image = small_network(1, 2, 3), random_image((3, 3))
+    network, image = small_network(1, 2, 3), image_of((3, 3))
 
     def reads(tokens: list[int]) -> list[list[list[list[int]]]]:
         pruner = AttentionPredictor(0.4, block=1, predictor="last", calibrate=1)
@@ -221,12 +221,12 @@ def test_layers_that_the_network_lacks():
     """At least one is left to predict."""
     for skip in 2, 3:
         with refused(f"skip_layers is {skip}, but must be less than 2,"):
-            forced(small_network(1), [PROMPT], random_image((1, 3)), AttentionPredictor(skip_layers=skip))
+            forced(small_network(1), [PROMPT], image_of((1, 3)), AttentionPredictor(skip_layers=skip))
 
 
 def test_what_is_counted():
     """What a step reads, and beside it the whole image of the predicted layers."""
-    network, image, pruner = small_network(1, 2, 3), random_image((1, 7)), AttentionPredictor(0.5)
+    network, image, pruner = small_network(1, 2, 3), image_of((1, 7)), AttentionPredictor(0.5)
     run = forced(network, [PROMPT], image, pruner)
     assert run.answer.kept[0][0] == 50 and all(1 <= n <= 25 for n in run.answer.kept[0][1:])
     assert [kv.key.shape[2] for kv in pruner.stored] == [50, 50]
@@ -234,7 +234,7 @@ def test_what_is_counted():
 
 
 def test_offloading_does_nothing_on_a_cpu():
-    network, image = small_network(1, 2, 3), random_image((2, 3))
+    network, image = small_network(1, 2, 3), image_of((2, 3))
     here, there = (forced(network, [PROMPT], image, AttentionPredictor(0.4, block=2, offload=o), steps=4)
                    for o in (False, True))
     assert torch.equal(here.logits, there.logits)

@@ -19,8 +19,8 @@ OVERRIDDEN = {
     "csp": ["encoded", "layer", "prefilled"], "aircache": ["begin", "layer", "prefilled"],
     "zipvl": ["layer", "prefilled"], "topv": ["encoded"],
     "attention_predictor": ["layer", "prefilled", "stepped"],
-    "mint": ["layer", "prefilled", "stepped", "logits", "around"],
-    "sgl": ["encoded", "layer", "prefilled", "around"], "quecc": ["begin", "encoded"],
+    "mint": ["begin", "layer", "prefilled", "stepped", "logits", "around"],
+    "sgl": ["begin", "encoded", "layer", "prefilled", "around"], "quecc": ["begin", "encoded"],
     "random": ["encoded", "layer", "prefilled"], "spatial": ["layer", "prefilled"],
     "downsample": ["preprocess"]}
 

@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from helpers import random_image, refused
+from loops import skewness_by_hand
 
 from model.image_tokens import ImageKV, ImageTokens
 from pruning.select import (
@@ -124,12 +125,6 @@ def test_budgets():
 # ----- statistics
 
 
-def skewed(values: list[float]) -> float:
-    n, mean = len(values), sum(values) / len(values)
-    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1))
-    return n / ((n - 1) * (n - 2)) * sum(((v - mean) / deviation) ** 3 for v in values)
-
-
 def test_skewness():
     everywhere = torch.ones(4, dtype=torch.bool)
     for values, skew in ([0.1, 0.1, 0.1, 0.7], 2.0), ([0.1, 0.2, 0.3, 0.4], 0.0), ([0.25] * 4, 0.0):
@@ -141,7 +136,7 @@ def test_skewness():
     for b in range(20):
         there[b, chance.sample(range(30), chance.randint(3, 30))] = True
         scores[b, there[b]] = torch.rand(int(there[b].sum()))
-    slow = [skewed(own[real].tolist()) for own, real in zip(scores.double(), there, strict=True)]
+    slow = [skewness_by_hand(own[real].tolist()) for own, real in zip(scores.double(), there, strict=True)]
     torch.testing.assert_close(skewness(scores, there), torch.tensor(slow, dtype=torch.double))
 
 
