@@ -26,6 +26,27 @@ VALUES = (None, True, False, 0, 1, -1, 2, 0.5, -0.0, 1e308, 1e-300, float("nan")
           [], [0], [[]], [None] * 3, [1, -1, 1.5], ["\ud800"], {}, {"": 0}, {"\udfff": [1]}, {"a": {}},
           *WRITTEN)
 
+# Parts of other tokenizers.
+PARTS = (
+    {"type": "Lowercase"}, {"type": "NFKC"}, {"type": "Whitespace"}, {"type": "UnicodeScripts"},
+    {"type": "Replace", "pattern": {"String": ""}, "content": "xx"}, {"Regex": "(a|a)*$"}, {"Regex": "["},
+    {"type": "Split", "pattern": {"Regex": "(x+x+)+y|(.*)*z"}, "behavior": "Removed", "invert": False},
+    {"type": "Sequence", "normalizers": [], "pretokenizers": [], "decoders": [], "processors": []},
+    {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": False},
+    {"type": "Metaspace", "replacement": "x", "prepend_scheme": "always", "split": True},
+    {"type": "Digits", "individual_digits": True}, {"type": "Truncate", "max_length": 0}, {"Regex": ""},
+    {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, {"type": "Unigram", "vocab": [["a", 0.0]]},
+    {"id": 639, "content": "", "single_word": True, "lstrip": True, "rstrip": True, "normalized": True,
+     "special": True})
+# What a chat template could try.
+SNIPPETS = (
+    b"range(999999999)", b"('a' * 999999999)", b"messages * 99999", b"2 ** 9999", b"self", b"caller()",
+    b"messages | tojson", b"''.__class__", b"messages.append(1)", b"'%999999999d' % 1", b"loop(messages)",
+    b"'{:>99999999}'.format(1)", b"lipsum(9999)", b"{% for a in messages %}{% for b in messages %}",
+    b"{% endfor %}", b"{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", b"{% include 'x' %}", b"{# ",
+    b"strftime_now('%Y' * 999)", b"messages[0:9:-1]", b"{{ 'x' | indent(999999999) }}", b"{% raw %}",
+    b"namespace()")
+
 
 def mutated(rng: Random, name: str, data: bytes, other: bytes) -> bytes:
     """A file's content, damaged one to three times. `other` is what another file holds."""
@@ -45,8 +66,8 @@ def mutated(rng: Random, name: str, data: bytes, other: bytes) -> bytes:
 
 
 def place(rng: Random, data: bytes) -> tuple[int, int]:
-    """Where a part of a file begins and ends; most parts are short."""
-    begin = rng.randint(0, len(data))
+    """Where a part of a file begins and ends. Most parts are short, and many are where formats keep sizes."""
+    begin = rng.randint(0, min(len(data), rng.choice((64, len(data)))))
     return begin, min(len(data), begin + rng.choice((1, 2, 4, 8, 64, 1000)))
 
 
@@ -95,8 +116,8 @@ def splice(rng: Random, data: bytes, other: bytes) -> bytes:
 def binary_number(rng: Random, data: bytes, other: bytes) -> bytes:
     """A whole number of 1 to 8 bytes becomes an odd one, in either order of bytes."""
     size = rng.choice((1, 2, 4, 8))
-    begin = rng.randint(0, max(0, len(data) - size))
-    value = rng.choice((0, 1, 2, 255, 256, 65535, 65536, 2 ** 31 - 1, 2 ** 31, 2 ** 32 - 1, 2 ** 63, -1, -2))
+    begin, _ = place(rng, data)
+    value = rng.choice((0, 1, 2, -1, -2, 255, 256, 5000, 65536, 10 ** 7, 2 ** 31 - 1, 2 ** 31, 2 ** 63))
     number = (value % 256 ** size).to_bytes(size, rng.choice(("little", "big")))
     return data[:begin] + number + data[begin + size:]
 
@@ -118,8 +139,17 @@ def another(rng: Random, data: bytes, other: bytes) -> bytes:
     return other
 
 
+def recode(rng: Random, data: bytes, other: bytes) -> bytes:
+    """The same text in another encoding; the same bytes compressed."""
+    if rng.random() < 0.2:
+        return zlib.compress(data)
+    text = data.decode("utf-8", "replace")
+    return text.encode(rng.choice(("utf-16", "utf-32-be", "utf-8-sig", "latin-1", "utf-7")), "replace")
+
+
 COMMON = (flip_bits, cut_end, delete, insert, repeat, overwrite, splice, binary_number, written_number)
-ON_BYTES: tuple[Callable[[Random, bytes, bytes], bytes], ...] = (*COMMON * 4, cut_begin, empty, another)
+RARE = cut_begin, empty, another, recode
+ON_BYTES: tuple[Callable[[Random, bytes, bytes], bytes], ...] = (*COMMON * 4, *RARE)
 
 
 def with_checksums(data: bytes) -> bytes:
@@ -146,7 +176,8 @@ def mutate_words(rng: Random, data: bytes) -> bytes:
     for _ in range(rng.choice((1, 2, 5))):
         i = rng.randrange(len(words))
         repeated = words[i] * min(rng.choice((2, 3, 1000, 30_000)), MOST // max(1, len(words[i])))
-        words[i] = rng.choice((b"", repeated, rng.choice(words), rng.choice(words), rng.choice(NUMBERS)))
+        words[i] = rng.choice((b"", repeated, rng.choice(words), rng.choice(words), rng.choice(NUMBERS),
+                               rng.choice(SNIPPETS), b"{{ " + rng.choice(SNIPPETS) + b" }}"))
     return b"".join(words)
 
 
@@ -210,7 +241,7 @@ def walk(rng: Random, holder: list) -> tuple[list | dict, int | str]:
 def change(rng: Random, container: list | dict, key: int | str):
     """Damage the value that `container` has at `key`."""
     value = container[key]
-    kind = rng.randrange(10)
+    kind = rng.randrange(11)
     if kind == 0:
         del container[key]
     elif kind == 1 and isinstance(container, dict):
@@ -231,5 +262,7 @@ def change(rng: Random, container: list | dict, key: int | str):
     elif kind == 7:
         other = rng.choice(list(container.values()) if isinstance(container, dict) else container)
         container[key] = copy.deepcopy(other)
+    elif kind == 8:
+        container[key] = copy.deepcopy(rng.choice(PARTS))
     else:
         container[key] = copy.deepcopy(rng.choice(VALUES))
