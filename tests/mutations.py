@@ -6,6 +6,7 @@ What a file is, its name's suffix says. Everything that is chosen is chosen by `
 """
 import copy
 import json
+import math
 import re
 import zlib
 from collections.abc import Callable
@@ -50,8 +51,8 @@ SNIPPETS = (
 
 def mutated(rng: Random, name: str, data: bytes, other: bytes) -> bytes:
     """A file's content, damaged one to three times. `other` is what another file holds."""
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        if name.endswith(JSON_SUFFIXES) and rng.random() < 0.7:
+    for _ in range(rng.choice((1, 1, 1, 1, 1, 2, 3))):
+        if name.endswith(JSON_SUFFIXES) and rng.random() < 0.8:
             data = mutate_lines(rng, data) if name.endswith(".part") else mutate_json(rng, data)
         elif name.endswith(".safetensors") and rng.random() < 0.8:
             data = mutate_header(rng, data, other)
@@ -131,12 +132,8 @@ def written_number(rng: Random, data: bytes, other: bytes) -> bytes:
     return data[:number.start()] + rng.choice(NUMBERS) + data[number.end():]
 
 
-def empty(rng: Random, data: bytes, other: bytes) -> bytes:
-    return rng.choice((b"", b"\n", b" " * 1000))
-
-
 def another(rng: Random, data: bytes, other: bytes) -> bytes:
-    return other
+    return rng.choice((b"", b"\n", b" " * 1000, other, other, other))
 
 
 def recode(rng: Random, data: bytes, other: bytes) -> bytes:
@@ -148,7 +145,7 @@ def recode(rng: Random, data: bytes, other: bytes) -> bytes:
 
 
 COMMON = (flip_bits, cut_end, delete, insert, repeat, overwrite, splice, binary_number, written_number)
-RARE = cut_begin, empty, another, recode
+RARE = cut_begin, another, recode
 ON_BYTES: tuple[Callable[[Random, bytes, bytes], bytes], ...] = (*COMMON * 4, *RARE)
 
 
@@ -224,9 +221,44 @@ def mutate_header(rng: Random, data: bytes, other: bytes) -> bytes:
     """The JSON at the beginning of a safetensors file is damaged; mostly its length is said rightly."""
     end = 8 + int.from_bytes(data[:8], "little")
     header = data[8:end]
-    header = mutate_json(rng, header) if rng.random() < 0.7 else rng.choice(ON_BYTES)(rng, header, other)
+    kind = rng.random()
+    if kind < 0.4:
+        header = mutate_tensor(rng, header)
+    elif kind < 0.8:
+        header = mutate_json(rng, header)
+    else:
+        header = rng.choice(ON_BYTES)(rng, header, other)
     length = len(header).to_bytes(8, "little") if rng.random() < 0.9 else data[:8]
     return length + header + data[end:]
+
+
+def mutate_tensor(rng: Random, header: bytes) -> bytes:
+    """A tensor gets another dtype, shape or name, or an empty one is added: the file stays a good one."""
+    try:
+        entries = json.loads(header)
+        names = [name for name, entry in entries.items() if "shape" in entry]
+        name = rng.choice(names)
+        entry = entries[name]
+        kind = rng.randrange(6)
+        if kind == 0:
+            entry["dtype"] = rng.choice(("F16", "BF16", "I16", "U16"))
+        elif kind == 1:
+            entry["dtype"], factor = rng.choice((("U8", 2), ("BOOL", 2), ("F8_E4M3", 2), ("F8_E5M2", 2)))
+            entry["shape"][-1] *= factor
+        elif kind == 2:
+            size = entry["data_offsets"][1] - entry["data_offsets"][0]
+            entry["dtype"], width = rng.choice((("F32", 4), ("F64", 8), ("I64", 8), ("C64", 8)))
+            entry["shape"] = [size // width]
+        elif kind == 3:
+            shape = entry["shape"]
+            entry["shape"] = rng.choice((shape[::-1], [*shape, 1], [1] * 70 + shape, [math.prod(shape)]))
+        elif kind == 4:
+            entries[rng.choice((name + "x", name.upper(), "model." + name, "x" * 9999))] = entries.pop(name)
+        else:
+            entries["x"] = {"dtype": "F32", "shape": [0, 2 ** rng.choice((20, 62, 63))], "data_offsets": [0, 0]}
+        return json.dumps(entries).encode()
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return mutate_json(rng, header)         # it was damaged before
 
 
 def walk(rng: Random, holder: list) -> tuple[list | dict, int | str]:

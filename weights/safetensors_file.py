@@ -91,7 +91,7 @@ def _parse_header(text: bytes) -> tuple[dict[str, dict] | None, int]:
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
     """All tensors of a small file, as copies in fp32. Raises ValueError with one line.
 
-    That is where the file is damaged or cannot be read, or where a tensor is not one of numbers with a point.
+    That is where the file is damaged or cannot be read, or where a tensor has no floating-point numbers.
     """
     shard = Shard(Path(path))
     tensors = {}
@@ -99,7 +99,11 @@ def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[s
         if entry["dtype"] not in STORED:
             raise ValueError(f"{named(path)}: tensor {quoted(name)} has the dtype "
                              f"{one_line(entry['dtype'], 20)}, not one of {', '.join(STORED)}")
-        tensors[name] = shard.view(name).to(device, torch.float32, copy=True)
+        try:
+            tensors[name] = shard.view(name).to(device, torch.float32, copy=True)
+        except (RuntimeError, TypeError, MemoryError) as error:     # sizes over 63 bits; too little memory
+            raise ValueError(f"{named(path)}: tensor {quoted(name)} cannot be read "
+                             f"({one_line(error)})") from None
     return tensors
 
 
