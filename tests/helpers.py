@@ -143,7 +143,7 @@ def encoded_once(network: LlamaVision, sequences: tuple[tuple[Grid, ...], ...], 
 
 
 def random_image(*tokens: int, seed: int = 0, scale: float = 1.0, batch: int = 1) -> ImageTokens:
-    """Images of random features, with so many tokens each, in every sequence."""
+    """Images of random features, with this many tokens each, in every sequence."""
     coords = [[image, i // 5, -1 + i % 5, 0] for image, n in enumerate(tokens) for i in range(n)]
     features = scale * noise(batch, len(coords), WIDTH, seed=seed)
     return ImageTokens(features, torch.tensor([coords]).expand(batch, -1, -1))

@@ -16,7 +16,7 @@ E, F, D = 6, 12, 10
 
 
 def tiles(side: int, counts: list[int], seed: int = 0, states: int = F, width: int = D) -> ImageTokens:
-    """In each sequence one image with so many tiles, of side x side patches; random features."""
+    """One image of random features in each sequence: `counts` are its tiles, of side x side patches."""
     size, most = side ** 2 + 1, max(counts)
     coords = torch.tensor([tile_coords(most, side)] * len(counts))
     mask = torch.arange(most * size) < torch.tensor(counts)[:, None] * size

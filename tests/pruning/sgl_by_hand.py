@@ -40,7 +40,7 @@ def asked(pruner: SGL, image: ImageTokens, prompts: list[list[int]] = (PROMPT,),
 
 def answered(pruner: SGL, network: LlamaVision, prompts: list[list[int]], image: ImageTokens,
              new: int) -> Answer:
-    """Both models, by greedy answers of so many tokens."""
+    """What both models answer, greedily, with at most `new` tokens."""
     return pruner.around(generate)(network, prompts, image, new, (), GREEDY, no_one, pruner, None)
 
 
@@ -64,7 +64,7 @@ def attended(network: LlamaVision, ids: list[int], image: ImageTokens, gated: bo
 
 def words(network: LlamaVision, prompt: list[int], image: ImageTokens, new: int,
           stop: tuple[int, ...] = ()) -> list[int]:
-    """The greedy answer of a whole network and its stop token, one pass over all the text for each token."""
+    """The greedy answer of a network, with its stop token: one pass over all the text for each token."""
     ids = list(prompt)
     for _ in range(new):
         ids.append(int(network.read(torch.tensor([ids]), image)[0, -1].argmax()))

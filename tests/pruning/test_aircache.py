@@ -116,7 +116,7 @@ def expected(importances: list[list[float]], strengths: list[float] | None, keep
 @pytest.mark.parametrize("alpha", [0.0, 0.6, 1.0])
 @pytest.mark.parametrize("seed", range(3))
 def test_the_formulas(seed, alpha, strength):
-    """The same judges, scores and tokens, on networks with and without a text layer before the first look."""
+    """The same judges, scores and tokens, on networks whose first layer is, or is not, a text layer."""
     network, image = small_network(seed, SHARES[seed], CROSS[seed]), strong_image(17, seed=seed)
     keep = [0.3, 5, 0.5][seed]
     pruner = AirCache(keep, alpha, strength)
@@ -199,7 +199,7 @@ def test_in_a_batch_each_sequence_has_its_own_judges():
 
 
 def test_what_an_unfinished_answer_left_is_forgotten():
-    """The first layer of this network looks at the image before any text layer: every position judges."""
+    """In this network a cross-attention layer comes before any text layer: every position judges."""
     network, image, pruner = small_network(3, 4, 4), strong_image(17), AirCache(0.3)
     fresh = forced(network, [PROMPT], image, AirCache(0.3))
     kv = network.language_model.cross_layers[0].keys_values(image)

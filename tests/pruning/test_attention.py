@@ -1,4 +1,4 @@
-"""The attention that methods look at, against plain loops in float64, and the memory that it takes."""
+"""Attention as methods compute it, against plain loops in float64, and the memory that it takes."""
 import math
 import weakref
 from collections.abc import Iterator

@@ -116,7 +116,7 @@ def test_pooling_takes_the_maximum():
 
 
 @pytest.mark.parametrize("window", [1, 3, 64])
-def test_the_oldest_leave_first(window):
+def test_the_oldest_steps_are_forgotten_first(window):
     network, image = small_network(0, 1, 2), image_of((2, 3))
     short, long = (AttentionPredictor(0.5, block=1, calibrate=1, predictor="last", window=w)
                    for w in (window, 64))
@@ -225,7 +225,7 @@ def test_layers_that_the_network_lacks():
 
 
 def test_what_is_counted():
-    """What a step reads, and beside it the whole image of the predicted layers."""
+    """What a step reads; and apart from it, what is stored: the whole image of the predicted layers."""
     network, image, pruner = small_network(1, 2, 3), image_of((1, 7)), AttentionPredictor(0.5)
     run = forced(network, [PROMPT], image, pruner)
     assert run.answer.kept[0][0] == 50 and all(1 <= n <= 25 for n in run.answer.kept[0][1:])

@@ -116,7 +116,7 @@ def test_the_network_is_its_formula():
 
 
 def test_the_weights_and_their_figures():
-    """20 kB, those of the network; and what is said of them holds on the first scenes."""
+    """They are 20 kB and fit the network; the figures beside them are true for the first scenes."""
     path = LEARNED / "attention_predictor.safetensors"
     state = load_file(path)
     assert sum(weight.numel() for weight in state.values()) == 4833 and path.stat().st_size < 21_000
@@ -133,7 +133,7 @@ def test_the_weights_and_their_figures():
 
 
 def test_training_learns(tmp_path):
-    """What is looked at again and again is found after a while; and the method loads such weights."""
+    """A block that is attended to in every step is found after a while; the method loads such weights."""
     torch.manual_seed(0)
     answers = [Log(torch.rand(2, 12, 1, 16) * 0.02, 5) for _ in range(4)]
     for hot, answer in enumerate(answers):

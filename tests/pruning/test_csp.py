@@ -138,8 +138,8 @@ def test_the_null_key_adds_n_to_the_denominator():
         assert held.coords[0, :, -1, 2:].tolist() == [[-2, -2]] * 2 and held.coords[0, :, -1, 0].max() == 0
 
 
-def test_n_while_decoding_in_a_whole_answer():
-    """In a mixed batch, against the network by hand over what the caches hold; the prompt is read as ever."""
+def test_n_while_decoding_in_an_answer():
+    """In a mixed batch, against the network by hand on what the caches hold; the prompt is read as before."""
     network = small_network(2, 2, 3)
     image, pruner = encode(network, GRIDS, 3), CSP(0.4, decode_n=2.0)
     run, plain = (forced(network, PROMPTS, image, p, steps=4) for p in (pruner, CSP(0.4)))

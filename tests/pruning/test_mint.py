@@ -110,7 +110,7 @@ def test_the_definition(update, layers, seed):
 @pytest.mark.parametrize("update", ["step", "prefill"])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_the_branches(update, seed):
-    """The full branch is the ordinary model; the key branch is what alpha 0 and no constraint leave."""
+    """The full branch is the ordinary model; with alpha 0 and no constraint the key branch is the answer."""
     network, image = small_network(seed, SHARES[seed], 3), random_image(14, seed=seed)
     run, (key, full) = branches(network, [PROMPT], image, steps=4,
                                 pruner=MINT(0.3, alpha=0.0, beta=0.0, update=update))

@@ -120,13 +120,13 @@ def test_other_types_do_not_overflow(large_activations):
 def test_nan_never_becomes_a_number(keys, positions, dtype):
     """In the query, or in any key or value, of one head: what that head reads is NaN, the others are not."""
     causal, T = positions is None, positions or keys
-    whole = {name: noise(1, heads, n, 8, seed=keys).to(dtype)
+    parts = {name: noise(1, heads, n, 8, seed=keys).to(dtype)
              for name, heads, n in (("q", 4, T), ("k", 2, keys), ("v", 2, keys))}
-    assert attend(**whole, causal=causal).isfinite().all()
-    for name, tensor in whole.items():
+    assert attend(**parts, causal=causal).isfinite().all()
+    for name, tensor in parts.items():
         for i in {0, tensor.shape[2] - 1}:
             damaged = tensor.clone()
             damaged[0, 0, i] = math.nan
-            out = attend(**{**whole, name: damaged}, causal=causal)[0, -1].view(4, 8)   # at the last position
+            out = attend(**{**parts, name: damaged}, causal=causal)[0, -1].view(4, 8)   # at the last position
             assert bool(out[0].isnan().all()) == (name != "q" or i == T - 1)
             assert out[2:].isfinite().all()

@@ -68,7 +68,7 @@ class Case:
     run: Run
 
 
-CASES: dict[tuple, Case] = {}           # what several tests look at is run once
+CASES: dict[tuple, Case] = {}           # a run that several tests use is made once
 
 
 def case_of(make, name: str) -> Case:
@@ -111,7 +111,7 @@ def network(name) -> LlamaVision:
 
 
 def keeping_all(make) -> Pruner:
-    """With every token kept; a budget beside it is a limit of its own, and goes, and so does a threshold."""
+    """With every token kept. A budget or a threshold beside it would still do something: left out."""
     return make(keep=1.0, **{option: None for option in ("budget", "threshold") if option in make.keywords})
 
 
@@ -172,7 +172,7 @@ def test_what_the_caches_hold(case):
 
 
 def test_every_image_keeps_its_share(make, case):
-    """At least one token of each in every layer; where the share is of the image, exactly so many."""
+    """At least one token of each in every layer; exactly its share, where the share is of the image."""
     for seed, keep in (1, None), (2, 0.01), (3, 0.5):
         pruner, image, run = case.pruner, case.image, case.run
         if keep is not None:
@@ -242,7 +242,7 @@ def chosen(run: Run, image: ImageTokens) -> list:
 
 
 def test_the_same_again(make, case):
-    """From the same pruner and from a new one: what it leaves behind does no harm."""
+    """From the same pruner and from a new one: nothing of an answer changes the next one."""
     first = case.run
     again, other = (forced(case.network, PROMPTS, case.image, p, 4) for p in (case.pruner, make()))
     assert torch.equal(first.logits, again.logits) and torch.equal(first.logits, other.logits)

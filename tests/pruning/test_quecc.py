@@ -76,7 +76,7 @@ def test_strict_locality():
 
 @pytest.mark.parametrize("side, stride", [(8, 4), (7, 2), (7, 4), (9, 3)])
 def test_each_token_mixes_its_own_cell(side, stride):
-    """Values that name their patch: what comes out lies between the names in the cell."""
+    """Each value is the number of its patch: a token lies between the numbers in its cell."""
     compressor, named = random_compressor(stride), torch.arange(side ** 2.0)
     compressor.value = nn.Sequential()
     weight = compressor.attention.in_proj_weight
@@ -107,7 +107,7 @@ def test_one_region_is_attention_over_the_whole_tile():
 
 @pytest.mark.parametrize("stride", [2, 4, 5, 8, 10, 20, 40])
 def test_averages_of_40_x_40_patches(stride):
-    """Where it divides, a region's mean is avg_pool2d, and so many tokens come of a tile."""
+    """Where the stride divides the side, a region's mean is avg_pool2d."""
     patches = noise(2, 1600, 3)
     expected = nn.functional.avg_pool2d(patches.transpose(1, 2).unflatten(2, (40, 40)), stride)
     found = means(patches, stride)
@@ -170,7 +170,7 @@ def test_grids_of_7_and_40():
     assert pooled_grids(40) >= {1, 2, 4, 5, 8, 10, 20, 40}
 
 
-def test_a_new_token_stands_where_its_region_begins():
+def test_a_new_token_has_the_coords_of_its_first_patch():
     new = compress(tiles(7, [2]), 2)
     firsts = [(-1, -1)] + [(row, column) for row in (0, 2, 4, 6) for column in (0, 2, 4, 6)]
     assert [tuple(coords) for coords in new.coords[0].tolist()] == [(0, tile, *where) for tile in (0, 1)
@@ -220,7 +220,7 @@ def test_a_batch_gives_each_prompt_what_it_gets_alone(case, folder):
 
 
 def test_the_logits_are_those_of_the_new_tokens(case, folder):
-    """The whole network, without a cache, on a token made by hand."""
+    """The network without a cache, on a token made by hand."""
     network, image, prompt = *case, PROMPTS[4]
     run = forced(network, [prompt], alone(image, 4), QueCC(2, folder), steps=3)
     words = torch.tensor([[token for token in prompt if token != I]])
@@ -250,7 +250,7 @@ def test_only_what_is_needed_is_computed(case, folder, monkeypatch):
 
 
 def test_half_precision(case, folder, monkeypatch):
-    """Computed in fp32, and as close to it as bf16 comes; padding is zeros."""
+    """Computed in fp32, so that only the rounding to bf16 differs; padding is zeros."""
     image = case[1]
     half = replace(image, features=image.features.bfloat16(), states=replace(
         image.states, features=image.states.features.bfloat16()))

@@ -71,7 +71,7 @@ def test_training_lowers_the_loss_and_goes_on_where_it_stopped(bundled, tmp_path
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):
-    """One step for a grid that the bundled weights lack; the pruner takes what it leaves."""
+    """One step for a grid that the bundled weights lack; the pruner takes what it writes."""
     options = {"out": tmp_path, "run": tmp_path / "run", "grids": 3, "steps": 1, "images": 2,
                "questions": 1, "exam": 4}
     monkeypatch.setattr(sys, "argv", ["train_quecc", *(str(part) for name, value in options.items()

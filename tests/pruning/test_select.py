@@ -41,7 +41,7 @@ def image_of(which: list[int]) -> ImageTokens:
     ([0.1, 0.2, 9.0, 9.0], 2, [0, 0, -1, -1], [0, 1]),                      # never padding
     ([0.1, 0.2, 0.3, 9.0], 0.5, [0, 0, 0, -1], [1, 2])])
 def test_top_k_mask(scores, keep, which, kept):
-    """Alike for scores [B, N] and [B, K, N], of ImageTokens and of an ImageKV."""
+    """The same for scores [B, N] and [B, K, N], for ImageTokens and for an ImageKV."""
     image, scores = image_of(which), torch.tensor([scores])
     nothing = torch.zeros(1, 2, len(which), 1)
     kv = ImageKV(nothing, nothing, image.coords[:, None], image.mask[:, None])

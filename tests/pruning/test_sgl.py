@@ -31,7 +31,7 @@ def test_scores_are_the_sum_over_one_pass(seed, prompt, grids, gated, pair):
     pruner = SGL(layer_weight="gate" if gated else "none")
     asked(pruner, show(large, [grids]), [prompt])
     assert pruner.guide_answers == [words(guide, prompt, show(guide, [grids]), 4)]
-    fed = prompt + pruner.guide_answers[0][:-1]             # the last token is fed to nobody
+    fed = prompt + pruner.guide_answers[0][:-1]             # the last token is read by no model
     score, softmaxes = attended(guide, fed, show(guide, [grids]), gated)
     close(pruner.scores, torch.tensor([score]), 1e-4)
     positions, layers = len(fed) - prompt.index(I), len(guide.language_model.cross_layers)
@@ -51,7 +51,7 @@ def test_mass_on_real_sizes(monkeypatch):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_an_answer_ends_with_its_stop_token(seed, pair):
-    """It counts among the tokens of the answer, but is fed to nobody, and is not part of the text."""
+    """It counts among the tokens of the answer, but no model reads it, and it is not part of the text."""
     large, guide = pair(seed)
     image, own = show(large, [GRIDS]), show(guide, [GRIDS])
     free = words(guide, PROMPT, own, 6)

@@ -60,7 +60,7 @@ def test_a_second_reading_of_everything_agrees_with_the_first(seed, pair):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_prompts_that_leave_early(seed, pair):
-    """They get the small model's answer, the others what they get alone; text alone never leaves."""
+    """They get the small model's answer, the others what they get alone; text alone is never one of them."""
     large, guide = pair(seed)
     options = {"consistency": 0.3, "full_layers": seed % 2}
     image, measured = show(large, TILES), SGL(0.4, threshold=1.0, **options)
@@ -81,7 +81,7 @@ def test_prompts_that_leave_early(seed, pair):
     assert before == 0
 
 
-def test_nobody_is_left(pair):
+def test_all_prompts_leave_early(pair):
     large, guide = pair(2)
     image = show(large, [GRIDS])
     pruner = SGL(threshold=-1.0)

@@ -21,7 +21,7 @@ from pruning.methods.topv import KAPPA, TopV
 
 PROMPTS = [[I]]
 GRIDS = [(1, 1), (1, 3), (2, 2), (3, 1)]            # rows, columns of tiles
-PLAIN = {"gamma": 0.3, "epsilon": 0.3}              # so that every term has its say
+PLAIN = {"gamma": 0.3, "epsilon": 0.3}              # so that every term matters
 
 
 def random_images(*grids: tuple[int, int], side: int = 3, seed: int = 0) -> ImageTokens:
@@ -220,7 +220,7 @@ def test_each_image_is_a_problem_of_its_own():
     assert start == len(chosen)
 
 
-def test_padding_has_no_say():
+def test_padding_is_ignored():
     """Text alone, one image and two; NaN where a sequence has no token."""
     network, pruner = small_network(2), TopV(0.4)
     config, sequences = network.config.vision, [[(1, 2)], [], [(2, 2), (1, 1)]]
@@ -238,7 +238,7 @@ def test_padding_has_no_say():
         close(batch.features[b, batch.mask[b]], single.features[0])
 
 
-def test_the_prompt_has_no_say():
+def test_the_prompt_is_ignored():
     network, prompts = small_network(1), [[5, I, 6], [I, 30, 31, 32, 33], [9, 9, I]]
     image = network.encode([random_tiles([(2, 2)], network.config.vision)], keep_states=True).expand(3)
     run = forced(network, prompts, image, TopV(0.5))
@@ -254,7 +254,7 @@ def test_nothing_is_dropped_where_all_are_kept():
             assert TopV(1.0).keeps_all and TopV(1.0, scope=scope).encoded(image, PROMPTS) is image
 
 
-def test_half_precision_chooses_alike():
+def test_half_precision_chooses_the_same():
     """The transport is in fp32 whatever the states are."""
     image = random_images((2, 2), seed=1)
     own = image.states

@@ -26,7 +26,7 @@ def test_cost_against_loops(weights):
     close(options.cost(source, target, spot), torch.tensor(expected))
 
 
-def test_cost_is_finite_where_all_patches_are_alike():
+def test_cost_is_finite_where_all_patches_are_equal():
     same = torch.ones(4, 5)
     assert TopV().cost(same, same, torch.zeros(4, 2)).tolist() == [[0.0] * 4] * 4
 

@@ -118,7 +118,7 @@ def choose(weights: Tensor, kv_heads: int = 1, **settings) -> list[int]:
 
 
 def votes(*heads: list[int], tokens: int) -> Tensor:
-    """Weights [H, 1, N] of heads that each look at these tokens, the earlier the more."""
+    """Weights [H, 1, N] of heads that each attend to these tokens, most to the first of them."""
     weights = torch.full((len(heads), 1, tokens), 0.001)
     for head, tokens_of in enumerate(heads):
         weights[head, 0, tokens_of] = torch.arange(len(tokens_of) + 1, 1, -1.0)

@@ -120,7 +120,7 @@ def test_panels_are_complete_on_the_sheet(drawn):
         x += panel.width + visualize.GAP
 
 
-def test_layers_that_differ_have_a_panel_each_and_those_alike_one(drawn):
+def test_layers_that_differ_have_a_panel_each_and_equal_ones_share_one(drawn):
     image, kept = noisy_image(20, 64), [(0, 2, 1), (1, 0, 0), (1, 3, 3)]
     layers = [kv([(0, *where)]) for where in kept]
     kept_map([image], PROCESSOR, recorded([(1, 2)], *layers), "")
@@ -181,7 +181,7 @@ def test_an_image_made_smaller_is_drawn_as_it_was_read(drawn):
     assert "made smaller: 2 x 1 tiles, not 4 x 1" in drawn[-1]
 
 
-# ----- where the prompt looks
+# ----- what the prompt attends to
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (1, 4), (2, 2), (3, 1)])

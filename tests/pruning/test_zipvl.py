@@ -168,7 +168,7 @@ def test_one_position_alone_ranks_as_other_methods_do():
 
 
 def taus(masses: list[list[float]], target: int) -> tuple[float, float]:
-    """Between which values of tau these layers keep so many tokens in all, found by trying them out."""
+    """Between which values of tau these layers keep `target` tokens in all, found by trying."""
     shares = {0.0, 1.0}
     for mass in masses:
         ordered = sorted(mass, reverse=True)
@@ -203,10 +203,10 @@ def test_one_tau_for_all_layers(seed, keep, per):
 
 
 def test_several_images_share_the_budget():
-    """Each brings its share, and each sequence of the batch its own."""
+    """Each image adds its share, and each sequence of the batch has its own."""
     network, image = small_network(2, 4, 4), strong_image(9, 12)
     run = forced(network, [[I, I, 5, 6], [5, I, 6, I, 7]], image.expand(2), ZipVL(0.3))
-    assert [sum(row) for row in run.answer.kept] == [11 + 14, 14]                   # 10.8, 14.4
+    assert [sum(layers) for layers in run.answer.kept] == [11 + 14, 14]                   # 10.8, 14.4
     least = forced(network, [[I, I, 5, 6], [5, I, 6, I, 7]], image.expand(2), ZipVL(1))
     assert least.answer.kept[0] == [2.0] * 4 and sum(least.answer.kept[1]) == 4
 
@@ -236,7 +236,7 @@ def test_probes():
     assert sees[0].sum() == 300
 
 
-def test_only_probes_have_a_say():
+def test_only_probes_matter():
     """Of a long prompt: others may ask for anything."""
     n, generator = 300, torch.Generator().manual_seed(0)
     q, key = torch.randn(1, 4, n, 8, generator=generator), torch.randn(1, 2, 20, 8, generator=generator)

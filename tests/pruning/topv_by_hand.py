@@ -35,7 +35,7 @@ def slow_importance(cost: list[list[float]], kappa: float, iterations: int, epsi
 
 
 def slow_pick(importance: list[float], n: int, stride: int) -> list[int]:
-    """As many of the best as leave room for every `stride`-th of the others, by trying."""
+    """The most of the best that leave room for every `stride`-th of the others, found by trying."""
     order = sorted(range(len(importance)), key=lambda i: (-importance[i], i))
     for best in range(n, 0, -1):
         recovered = sorted(order[best:])[::stride] if stride else []
