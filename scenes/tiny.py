@@ -15,6 +15,7 @@ from scenes.draw import COLOURS, SHAPES, make_scene
 from scenes.questions import questions
 from weights import config_from_dict
 from weights.files import replacing
+from weights.vocabulary import LLAMA3_SPLIT
 
 SPECIAL_TOKENS = ("<|begin_of_text|>", "<|end_of_text|>", "<|finetune_right_pad_id|>", "<|start_header_id|>",
                   "<|end_header_id|>", "<|eom_id|>", "<|eot_id|>", "<|python_tag|>")
@@ -22,9 +23,6 @@ IMAGE_TOKEN = "<|image|>"
 VOCABULARY = 640
 TILE = 112          # pixels
 PATCH = 16
-# How Llama 3 splits text before byte-pair merging. Source: `tokenizer.py` of Meta's reference.
-LLAMA3_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
-                r"\s*[\r\n]+|\s+(?!\S)|\s+")
 
 
 def config_json() -> dict:

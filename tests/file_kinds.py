@@ -40,7 +40,7 @@ from weights.tokenizer import ChatTokenizer, Detokenizer
 
 CONFIG = read_config(TINY)
 CONVERSATIONS = [
-    [{"role": "user", "content": "What is this?"}],
+    [{"role": "user", "content": "What is this? " * 200}],
     [{"role": "system", "content": " Be brief. "},
      {"role": "user", "content": "Grüße, 你好 👋🏽\n\n<|eot_id|>"},
      {"role": "assistant", "content": "A  star."},

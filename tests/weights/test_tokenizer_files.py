@@ -157,3 +157,42 @@ def test_a_library_error_has_a_bounded_length(folder, config):
     data["model"]["type"] = "x" * 100_000
     write(folder, tokenizer__json=data)
     assert len(refusal(ChatTokenizer.from_folder, folder, config)) < 700
+
+
+LETTERS = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+DOUBLED = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+
+
+def split(pattern: dict) -> dict:
+    return {"type": "Split", "pattern": pattern, "behavior": "Isolated", "invert": False}
+
+
+def sequence(*steps: dict) -> dict:
+    return {"type": "Sequence", "pretokenizers": [*steps], "normalizers": [*steps]}
+
+
+@pytest.mark.parametrize("parts, words", [
+    ({"pre_tokenizer": sequence(split({"Regex": "(?:.?.?){12}(?!)|x"}), LETTERS)},  # takes 12 ms a character
+     "it splits text by the pattern '(?:.?.?){12}(?!)|x', not by Llama 3's"),
+    ({"pre_tokenizer": sequence(sequence(split({"Regex": "(a|a)*$"})), LETTERS)}, "pattern '(a|a)*$'"),
+    ({"pre_tokenizer": split({"Regex": "x" * 5000})}, "pattern 'xxx"),
+    ({"pre_tokenizer": sequence(*[LETTERS] * 30)}, "it takes 30 steps to split text, where Llama 3 takes 2"),
+    ({"normalizer": sequence(*[DOUBLED] * 30)}, "it takes 30 steps"),
+    ({"normalizer": DOUBLED}, "its normalizer 'Replace' is not supported; Llama 3's has none"),
+    ({"normalizer": {"type": "Prepend", "prepend": "x" * 5000}}, "its normalizer 'Prepend'"),
+    ({"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}, "not a byte-level tokenizer")])
+def test_what_could_take_any_time_or_memory_is_refused(folder, config, parts, words):
+    """30 steps that each double the text would take all memory."""
+    damaged(folder, **parts)
+    line = refusal(ChatTokenizer.from_folder, folder, config)
+    assert words in line and len(line) < 500 + len(str(folder))
+
+
+@pytest.mark.parametrize("parts", [
+    {"pre_tokenizer": None}, {"pre_tokenizer": LETTERS}, {"normalizer": {"type": "NFKC"}},
+    {"normalizer": sequence({"type": "NFD"}, {"type": "Lowercase"}, {"type": "StripAccents"})},
+    {"pre_tokenizer": sequence(split({"String": " "}), {"type": "Whitespace"}, LETTERS)}])
+def test_other_ways_to_split_text_are_read(folder, config, parts):
+    damaged(folder, **parts)
+    tokenizer = ChatTokenizer.from_folder(folder, config)
+    assert tokenizer.decode(tokenizer.tokenizer.encode("a12").ids) == "a12"
