@@ -19,8 +19,9 @@ def test_damaged_files_are_read_or_refused_in_one_line():
     assert ended.returncode == 0, ended.stdout + ended.stderr
     rows = [line.split()[:5] for line in ended.stdout.splitlines()[1:]]
     assert [kind for kind, *_ in rows] == list(mutate.KINDS)
-    for kind, files, read, refused, failed in rows:
-        assert int(files) == int(read) + int(refused) and int(read) and int(refused) and failed == "0", kind
+    files, read, refused, failed = (sum(map(int, column)) for column in list(zip(*rows, strict=True))[1:])
+    assert 295 < files < 305 and files == read + refused and failed == 0
+    assert read > 40 and refused > 100              # the damage is neither too small nor too great
 
 
 def test_a_seed_repeats_every_case():
