@@ -1,9 +1,9 @@
-"""What the programs share on the command line: arguments, --prune, the chat, the costs of an answer.
+"""What the programs share on the command line: arguments, files to write, --prune, the chat.
 
-How a program starts and ends, and how an error becomes one line, stands in program.py.
+How a program starts and ends, and how an error becomes one line, is in program.py; how answers are printed is
+in answers.py.
 """
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TextIO
 
-import torch
-
-from model.answer import Answer, EncodedImages
 from program import MOST_LETTERS, fail, is_in_a_pruner_of_the_user, say, write
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
@@ -207,94 +204,3 @@ def ask_person() -> str:
         if not line:
             say("")
         return line.strip()
-
-
-# ----- what an answer took
-
-
-def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages, pruner: str | None) -> dict:
-    """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
-    kept = [round(mean(layers)) for layers in answer.kept]
-    one = len(texts) == 1
-    return {"model": model,
-            "answer": texts[0] if one else texts,
-            "token_ids": answer.tokens[0] if one else answer.tokens,
-            "pruner": pruner,
-            "image_tokens": {"slots": encoded.slots, "real": encoded.real, "kept": kept[0] if one else kept},
-            "kept_by_layer": answer.kept[0] if one else answer.kept,
-            "answered_early": answer.early,
-            "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
-            "tokens_per_second": round(answer.tokens_per_second, 2),
-            "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored_bytes": answer.image_kv_stored,
-            "text_kv_bytes": answer.text_kv_bytes,
-            "peak_memory_bytes": peak_memory()}
-
-
-def write_json(data: dict):
-    """One line on stdout; letters that it cannot hold are escaped as JSON does it."""
-    text = json.dumps(data, ensure_ascii=False)
-    try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(data)
-    write(text + "\n")
-
-
-def say_model(model: str):
-    if model == "tiny":
-        say("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
-            "--model meta-llama/Llama-3.2-11B-Vision-Instruct")
-    else:
-        say(f"model {model}")
-
-
-def say_cost(answer: Answer, encoded: EncodedImages, pruner: str | None):
-    """Image tokens, bytes, times and memory, on one or two lines."""
-    if encoded.tokens is not None:
-        say(f"image tokens {encoded.slots} slots -> {encoded.real} real{kept_words(answer, encoded, pruner)}")
-        more = ""
-        if answer.image_kv_stored > answer.image_kv_bytes:
-            more = f" of {size(answer.image_kv_stored)} held"
-        say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
-    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
-        f"peak memory {size(peak_memory())}")
-
-
-def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> str:
-    """What became of the real image tokens: those of earlier images are out of sight, others are pruned."""
-    seen = mean(answer.seen)
-    words = ""
-    if round(seen) != encoded.tokens.features.shape[1]:
-        words = f" -> {seen:.0f} in sight"
-    if pruner is None:
-        return words
-    if answer.early:
-        pruner += f"; {len(answer.early)} of {len(answer.tokens)} answered by the guide alone"
-    layers = [mean(column) for column in zip(*answer.kept, strict=True)]
-    by_layer = ""
-    if len({round(layer) for layer in layers}) > 1:
-        by_layer = f"by layer {' '.join(f'{layer:.0f}' for layer in layers)}; "
-    return f"{words} -> {mean(layers):.0f} kept ({by_layer}{pruner})"
-
-
-def mean(numbers: list[float]) -> float:
-    return sum(numbers) / len(numbers) if numbers else 0.0
-
-
-def peak_memory() -> int:
-    """The most bytes held so far: on the GPU if one is in use, else by the process; 0: unknown (Windows)."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 3 digits and a unit."""
-    for unit in "B", "kB", "MB":
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -23,7 +23,8 @@ from pathlib import Path
 
 from PIL import ImageFilter
 
-from cli import Parser, check_output, mean, parse_pruners, real_number, whole_number, writing
+from answers import mean
+from cli import Parser, check_output, parse_pruners, real_number, whole_number, writing
 from evaluation.exam import Exam, is_about_the_absent, make_exam
 from evaluation.layers import Observer, close_gates, gates, layer_similarity
 from evaluation.plot import check_plot, plot, summary, table

@@ -23,19 +23,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from answers import chat_about, print_answers
 from cli import (
     Parser,
-    as_json,
     catalogue,
-    chat,
     check_output,
     parse_pruner,
     piped_prompt,
     real_number,
-    say_cost,
-    say_model,
     whole_number,
-    write_json,
     writing,
 )
 from model.answer import Answer, EncodedImages
@@ -52,7 +48,7 @@ from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.image_file import open_image
 from weights.images import ImageProcessor
 from weights.messages import named, quoted
-from weights.tokenizer import ChatTokenizer, Detokenizer, messages
+from weights.tokenizer import ChatTokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
 
@@ -239,48 +235,13 @@ def command(args: argparse.Namespace):
     ask = partial(assistant.answer, encoded=encoded, max_new_tokens=args.max_new_tokens, sampler=sampler,
                   date=args.date, pruner=pruner)
     if chatting:
-        return chat_about(args, assistant, ask, encoded, pruner)
+        return chat_about(args, assistant.tokenizer, ask, encoded, pruner)
     conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
-    answer_all(args, assistant, ask, encoded, pruner, conversations)
+    print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
         with writing("--save-map", args.save_map) as file:
             draw(images, assistant.processor, pruner, str(pruner)).save(file)
-
-
-def answer_all(args: argparse.Namespace, assistant: Assistant, ask: Callable[..., Answer],
-               encoded: EncodedImages, pruner: Pruner | None, conversations: list[list[dict]]):
-    """One answer is printed as it is made; those of a batch in order at the end, a line each."""
-    live = len(conversations) == 1 and not args.json
-    answer = stream(assistant, ask, conversations[0]) if live else ask(conversations)
-    texts = [assistant.tokenizer.decode(tokens) for tokens in answer.tokens]
-    named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
-    if args.json:
-        return write_json(as_json(args.model, texts, answer, encoded, named))
-    if not live:
-        write("".join(text + "\n" for text in texts))
-    say_model(args.model)
-    say_cost(answer, encoded, named)
-
-
-def chat_about(args: argparse.Namespace, assistant: Assistant, ask: Callable[..., Answer],
-               encoded: EncodedImages, pruner: Pruner | None):
-    """Every question is about the same images, which were encoded once."""
-    def reply(conversation: list[dict]) -> str:
-        answer = stream(assistant, ask, conversation)
-        say_cost(answer, encoded, None if pruner is None else str(pruner))
-        return assistant.tokenizer.decode(answer.tokens[0])
-
-    say_model(args.model)
-    chat(reply, args.system, len(args.image))
-
-
-def stream(assistant: Assistant, ask: Callable[..., Answer], conversation: list[dict]) -> Answer:
-    """Answer a conversation, and print the answer as it is made."""
-    text = Detokenizer(assistant.tokenizer)
-    answer = ask([conversation], emit=lambda row, token: write(text.push(token)))
-    write(text.flush() + "\n")
-    return answer
 
 
 def main():

@@ -3,7 +3,8 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from cli import check_output, size
+from answers import size
+from cli import check_output
 from evaluation.scoring import Score
 from scenes.draw import RATIOS
 from scenes.questions import KINDS

@@ -62,8 +62,8 @@ class Compiled:
             sees_image = everywhere if cache.sees_image is None else cache.sees_image
             cache.sees_image = self._buffer("sees image", sees_image)
         for i, kv in enumerate(cache.image_kv):
-            held = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
-            if kv.key is not held[0] or kv.mask is not held[1]:
+            buffers = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
+            if kv.key is not buffers[0] or kv.mask is not buffers[1]:
                 length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # torch makes no variable of 1
                 cache.image_kv[i] = self._image_buffers(i, kv, length)
 
@@ -76,21 +76,21 @@ class Compiled:
                        self._buffer(f"image values {layer}", kv.value, length), coords,
                        self._buffer(f"image mask {layer}", mask, length), bias)
 
-    def _buffer(self, name: str, held: Tensor, length: int | None = None) -> Tensor:
-        """`held` [B, ...] or [B, G, N, ...], copied into its buffer with N rounded up to `length`."""
-        shape = held.shape if length is None else (*held.shape[:2], length, *held.shape[3:])
+    def _buffer(self, name: str, tensor: Tensor, length: int | None = None) -> Tensor:
+        """`tensor` [B, ...] or [B, G, N, ...], copied into its buffer with N rounded up to `length`."""
+        shape = tensor.shape if length is None else (*tensor.shape[:2], length, *tensor.shape[3:])
         buffer = self.buffers.get(name)
         if buffer is None or buffer.shape != shape:
-            buffer = self.buffers[name] = held.new_empty(shape)
+            buffer = self.buffers[name] = tensor.new_empty(shape)
             torch._dynamo.mark_static_address(buffer)
             if length is not None:
                 torch._dynamo.mark_dynamic(buffer, 2)
-            if len(held) > 1:
+            if len(tensor) > 1:
                 torch._dynamo.mark_dynamic(buffer, 0)
         if length is None:
-            return buffer.copy_(held)
-        buffer[:, :, :held.shape[2]] = held
-        buffer[:, :, held.shape[2]:] = 0
+            return buffer.copy_(tensor)
+        buffer[:, :, :tensor.shape[2]] = tensor
+        buffer[:, :, tensor.shape[2]:] = 0
         return buffer
 
 

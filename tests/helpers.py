@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from generate import generate
 from model.config import VisionConfig
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
@@ -171,6 +172,18 @@ def batch_of(*images: ImageTokens | None) -> ImageTokens:
 
 
 STATES = "features", "entering", "attended"         # of EncoderStates
+
+
+def greedy(network: LlamaVision, prompts: list[list[int]], image: ImageTokens | None,
+           steps: int) -> tuple[list[list[int]], Tensor]:
+    """The likeliest new tokens of each prompt, and the logits [B, steps, V] that they were chosen from."""
+    seen = []
+
+    def sample(logits: Tensor) -> Tensor:
+        seen.append(logits)
+        return logits.argmax(-1)
+    answer = generate(network, prompts, image, steps, (), sample)
+    return answer.tokens, torch.stack(seen, dim=1)
 
 
 def alone(image: ImageTokens, b: int) -> ImageTokens | None:

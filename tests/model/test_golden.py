@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import greedy
 from safetensors import safe_open
 from torch import Tensor
 
@@ -73,13 +74,8 @@ def right_padded(rows: list[Tensor]) -> Tensor:
 
 def continue_with_cache(model: LlamaVision, prompts: list[Tensor], image: ImageTokens | None,
                         steps: int = STEPS) -> tuple[list[list[int]], Tensor]:
-    """Greedy tokens of each row, and the logits that each was chosen from [B, steps, V]."""
-    logits, cache = model.prefill(right_padded(prompts), [len(ids) for ids in prompts], image, steps)
-    seen = [logits]
-    for _ in range(steps - 1):
-        seen.append(model.decode(seen[-1].argmax(-1), cache))
-    seen = torch.stack(seen, dim=1)
-    return seen.argmax(-1).tolist(), seen
+    """Greedy tokens of each sequence, and the logits that each was chosen from [B, steps, V]."""
+    return greedy(model, [ids.tolist() for ids in prompts], image, steps)
 
 
 def continue_without_cache(model: LlamaVision, prompt: Tensor,

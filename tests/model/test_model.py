@@ -9,7 +9,7 @@ import re
 
 import pytest
 import torch
-from helpers import close, random_tiles, randomise
+from helpers import close, greedy, random_tiles, randomise
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,16 +78,6 @@ def calls(monkeypatch) -> list[dict]:
 
 def pad(rows: list[list[int]]) -> Tensor:
     return torch.tensor([row + [2] * (max(map(len, rows)) - len(row)) for row in rows])
-
-
-def greedy(network: LlamaVision, rows: list[list[int]], image, steps: int) -> tuple[list[list[int]], Tensor]:
-    """New tokens of each row, and the logits [B, steps, V] that they were chosen from."""
-    logits, cache = network.prefill(pad(rows), [len(row) for row in rows], image, steps)
-    seen = [logits]
-    for _ in range(steps - 1):
-        seen.append(network.decode(seen[-1].argmax(-1), cache))
-    seen = torch.stack(seen, dim=1)
-    return seen.argmax(-1).tolist(), seen
 
 
 # ----- rows that see no image

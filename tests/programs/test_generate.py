@@ -499,7 +499,7 @@ def test_pruning_is_reported_in_words_and_numbers(run, wide):
     whole = json.loads(run(*command, "none", "--json")[0])
     assert data["image_kv_bytes"] * 300 == whole["image_kv_bytes"] * 160
     _, err = run(*command, "attention_predictor", "--keep", "0.5", "--set", "block=4")
-    assert "image KV 63 kB of 127 kB held, encode" in err
+    assert "image KV 63 kB of 127 kB stored, encode" in err
     _, err = run(*command, "downsample", "--keep", "0.5")
     assert "200 slots -> 100 real -> 50 kept (downsample, keep 0.5 of the tiles)\n" in err
 

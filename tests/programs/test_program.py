@@ -22,7 +22,8 @@ import benchmark
 import evaluate
 import generate
 import program
-from cli import Parser, chat, piped_prompt, write_json
+from answers import write_json
+from cli import Parser, chat, piped_prompt
 
 ROOT = Path(__file__).parents[2]
 IMAGE = str(ROOT / "examples" / "shapes.png")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 import generate
+from answers import size
 from benchmarks.tables import milliseconds
-from cli import size
 from pruning import METHODS, Pruner, hooks, load
 
 ROOT = Path(__file__).parents[2]

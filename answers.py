@@ -1,0 +1,144 @@
+"""How answers are printed: the text as it is made on stdout, what it took on stderr, or everything as JSON.
+
+`ask` is `Assistant.answer` with everything set but the conversations. `pruner` is None if none was asked for.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Callable
+
+import torch
+
+from cli import chat
+from model.answer import Answer, EncodedImages
+from program import say, write
+from pruning import Pruner
+from weights.tokenizer import ChatTokenizer, Detokenizer
+
+Ask = Callable[..., Answer]
+
+
+def print_answers(args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Ask, encoded: EncodedImages,
+                  pruner: Pruner | None, conversations: list[list[dict]]):
+    """One answer is printed as it is made; those of a batch in order at the end, a line each."""
+    live = len(conversations) == 1 and not args.json
+    answer = stream(tokenizer, ask, conversations[0]) if live else ask(conversations)
+    texts = [tokenizer.decode(tokens) for tokens in answer.tokens]
+    named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
+    if args.json:
+        return write_json(as_json(args.model, texts, answer, encoded, named))
+    if not live:
+        write("".join(text + "\n" for text in texts))
+    say_model(args.model)
+    say_cost(answer, encoded, named)
+
+
+def chat_about(args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Ask, encoded: EncodedImages,
+               pruner: Pruner | None):
+    """Every question is about the same images, which were encoded once."""
+    def reply(conversation: list[dict]) -> str:
+        answer = stream(tokenizer, ask, conversation)
+        say_cost(answer, encoded, None if pruner is None else str(pruner))
+        return tokenizer.decode(answer.tokens[0])
+
+    say_model(args.model)
+    chat(reply, args.system, len(args.image))
+
+
+def stream(tokenizer: ChatTokenizer, ask: Ask, conversation: list[dict]) -> Answer:
+    """Answer a conversation, and print the answer as it is made."""
+    text = Detokenizer(tokenizer)
+    answer = ask([conversation], emit=lambda sequence, token: write(text.push(token)))
+    write(text.flush() + "\n")
+    return answer
+
+
+# ----- what an answer took
+
+
+def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages, pruner: str | None) -> dict:
+    """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
+    kept = [round(mean(layers)) for layers in answer.kept]
+    one = len(texts) == 1
+    return {"model": model,
+            "answer": texts[0] if one else texts,
+            "token_ids": answer.tokens[0] if one else answer.tokens,
+            "pruner": pruner,
+            "image_tokens": {"slots": encoded.slots, "real": encoded.real, "kept": kept[0] if one else kept},
+            "kept_by_layer": answer.kept[0] if one else answer.kept,
+            "answered_early": answer.early,
+            "ms": {part: round(ms, 2) for part, ms in answer.ms.items()},
+            "tokens_per_second": round(answer.tokens_per_second, 2),
+            "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored_bytes": answer.image_kv_stored,
+            "text_kv_bytes": answer.text_kv_bytes,
+            "peak_memory_bytes": peak_memory()}
+
+
+def write_json(data: dict):
+    """One line on stdout; letters that it cannot hold are escaped as JSON does it."""
+    text = json.dumps(data, ensure_ascii=False)
+    try:
+        text.encode(sys.stdout.encoding or "utf-8")
+    except UnicodeEncodeError:
+        text = json.dumps(data)
+    write(text + "\n")
+
+
+def say_model(model: str):
+    if model == "tiny":
+        say("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
+            "--model meta-llama/Llama-3.2-11B-Vision-Instruct")
+    else:
+        say(f"model {model}")
+
+
+def say_cost(answer: Answer, encoded: EncodedImages, pruner: str | None):
+    """Image tokens, bytes, times and memory, on one or two lines."""
+    if encoded.tokens is not None:
+        say(f"image tokens {encoded.slots} slots -> {encoded.real} real{kept_words(answer, encoded, pruner)}")
+        more = ""
+        if answer.image_kv_stored > answer.image_kv_bytes:
+            more = f" of {size(answer.image_kv_stored)} stored"
+        say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
+    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
+        f"peak memory {size(peak_memory())}")
+
+
+def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> str:
+    """What became of the real image tokens: those of earlier images are out of sight, others are pruned."""
+    seen = mean(answer.seen)
+    words = ""
+    if round(seen) != encoded.tokens.features.shape[1]:
+        words = f" -> {seen:.0f} in sight"
+    if pruner is None:
+        return words
+    if answer.early:
+        pruner += f"; {len(answer.early)} of {len(answer.tokens)} answered by the guide alone"
+    layers = [mean(column) for column in zip(*answer.kept, strict=True)]
+    by_layer = ""
+    if len({round(layer) for layer in layers}) > 1:
+        by_layer = f"by layer {' '.join(f'{layer:.0f}' for layer in layers)}; "
+    return f"{words} -> {mean(layers):.0f} kept ({by_layer}{pruner})"
+
+
+def mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers) if numbers else 0.0
+
+
+def peak_memory() -> int:
+    """The highest memory use so far, in bytes: of a GPU in use, else of the process; 0: unknown."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated()
+    if sys.platform == "win32":
+        return 0
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 3 digits and a unit."""
+    for unit in "B", "kB", "MB":
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
