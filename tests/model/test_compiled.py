@@ -185,7 +185,9 @@ def run(*argv: str, **env: str) -> subprocess.CompletedProcess:
 def test_command_line(tmp_path):
     done = run("--prompt", "What is written on the circle?", "--compile", "--json")
     data = json.loads(done.stdout)
-    assert data["answer"] == "Y" and data["ms"]["compile"] > 0 and done.stderr.startswith("compiled in ")
+    said = done.stderr.splitlines()       # a CUDA build of torch may warn that it finds no GPU
+    assert data["answer"] == "Y" and data["ms"]["compile"] > 0
+    assert [line for line in said if line.startswith("compiled in ")] == said[-1:]
 
 
 def test_who_does_not_compile_imports_no_compiler():
