@@ -1,12 +1,12 @@
 """Files are written completely or not at all, and only regular ones are read; messages are one short line."""
 import multiprocessing
 import os
-import resource
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from full_disk import full_disk
 
 from weights.files import read_bytes, read_json, read_text, replacing
 from weights.messages import named, one_line, quoted, reason
@@ -45,15 +45,11 @@ def test_a_new_file_and_a_changed_one(tmp_path):
 
 def limit_file_size(partial: Path):
     """Writes more than a file may have here, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
+    with full_disk(10):
         partial.write_bytes(b"x" * 100)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-def full_disk(partial: Path):
+def write_to_a_full_device(partial: Path):
     partial.write_text("half")
     with open("/dev/full", "w") as device:
         device.write("x")
@@ -64,7 +60,7 @@ def interrupt(partial: Path):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("write, error", [(limit_file_size, OSError), (full_disk, OSError),
+@pytest.mark.parametrize("write, error", [(limit_file_size, OSError), (write_to_a_full_device, OSError),
                                           (interrupt, KeyboardInterrupt), (Path.unlink, FileNotFoundError)],
                          ids=["file too large", "full disk", "Ctrl-C", "writer removes it"])
 def test_a_failing_writer_leaves_the_old_file(target, write, error):

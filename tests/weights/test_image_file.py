@@ -169,8 +169,10 @@ def test_damaged_exif_in_text_and_other_odd_metadata_are_passed_over_in_silence(
 
 def test_an_exif_block_that_cannot_be_written_again_does_not_matter():
     exif = Image.Exif()
-    exif[0x0112], exif[0x010F] = 6, "maker"
-    block = exif.tobytes().replace(b"\x01\x0f\x00\x02", b"\x01\x0f\x00\x0c")    # text that says double
+    exif[0x0112], exif[0x011A] = 6, 72.0
+    block = exif.tobytes().replace(b"\x01\x1a\x00\x05", b"\x01\x1a\x00\x02")    # a fraction that says text
+    with pytest.raises(TypeError):
+        ImageOps.exif_transpose(Image.open(BytesIO(saved(Image.new("RGB", (9, 4)), "JPEG", exif=block))))
     assert open_image(saved(Image.new("RGB", (9, 4)), "JPEG", exif=block)).size == (4, 9)
 
 

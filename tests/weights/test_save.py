@@ -1,10 +1,10 @@
 """Saving a model: official names, aligned tensors, and the old file where writing fails."""
-import resource
 import stat
 import sys
 
 import pytest
 import torch
+from full_disk import full_disk
 from safetensors import safe_open
 from safetensors.torch import load_file
 from small_checkpoint import NORM, assert_equal, single, small_tensors
@@ -41,20 +41,10 @@ def test_saving_needs_no_numpy_and_keeps_mixed_dtypes_aligned(tmp_path, monkeypa
         assert file.offset_keys()[0] == NORM                        # wide items before narrow ones
 
 
-@pytest.fixture
-def small_disk():
-    """No file may grow beyond 20 kB: writing more fails as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
-def test_a_failed_save_leaves_the_old_file(tmp_path, request):
+def test_a_failed_save_leaves_the_old_file(tmp_path):
     tensors = small_tensors()
     model = load_model(single(tmp_path, tensors))
-    request.getfixturevalue("small_disk")
-    with pytest.raises(OSError, match="File too large"):
+    with full_disk(20_000), pytest.raises(OSError, match="File too large"):
         save_model(model, tmp_path)
     assert_equal(load_model(tmp_path), tensors)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors"]
