@@ -1,15 +1,20 @@
-"""What the tests of this folder share: fixtures for generate.py's command line."""
+"""What the tests of this folder share: fixtures for the command line of generate.py and for the benchmark."""
 import io
+import json
 import sys
 from collections.abc import Callable
 
 import pytest
 import torch
 from generate_helpers import STOP, TINY, drawn
+from small_benchmark import CONFIG, CPU, Plain, Twin
 from tokenizers import Tokenizer
 
+import benchmark
 import generate as program
-from generate import Sampler
+from benchmarks import measure
+from benchmarks.subject import SHAPES, Subject, random_model
+from generate import Sampler, generate
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +55,32 @@ def say(monkeypatch) -> Callable[..., list[str]]:
         monkeypatch.setattr(sys, "stdout", io.StringIO())
         return seen
     return words
+
+
+@pytest.fixture
+def small_measurements(monkeypatch):
+    """The tiny network, small ceilings, and no gradients: nothing here depends on how fast anything is."""
+    monkeypatch.setitem(SHAPES, "tiny", lambda: CONFIG)
+    monkeypatch.setitem(measure.COPY_BYTES, "cpu", 2 ** 16)
+    monkeypatch.setitem(measure.PRODUCT_SIDE, "cpu", 16)
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture
+def run_benchmark(monkeypatch, capsys, tmp_path):
+    """Runs the program beside a stand-in of transformers: what it printed, and its JSON."""
+    def run(*argv: str) -> tuple[str, dict]:
+        monkeypatch.setattr("model.compiled.Compiled", Plain)
+        monkeypatch.setattr(benchmark, "Peer", Twin)
+        small = "--device", "cpu", "--repeat", "2", "--new-tokens", "3", "--prompt-tokens", "7"
+        argv += "--json", str(tmp_path / "made.json")
+        monkeypatch.setattr("sys.argv", ["benchmark.py", *small, *argv])
+        benchmark.main()
+        return capsys.readouterr().out, json.loads((tmp_path / "made.json").read_text(encoding="utf-8"))
+    return run
+
+
+@pytest.fixture(scope="module")
+def subject():
+    return Subject(random_model(CONFIG, CPU, torch.float32), generate, "tiny", CONFIG)
