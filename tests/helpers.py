@@ -93,6 +93,11 @@ def small_network(seed: int, share: int = 2, cross: int = 2) -> LlamaVision:
     return randomise(LlamaVision(config), config.vision, seed).requires_grad_(False)
 
 
+@cache
+def in_bfloat16(network: LlamaVision) -> LlamaVision:
+    return copy.deepcopy(network).bfloat16()
+
+
 # ----- random images
 
 
@@ -215,6 +220,11 @@ def attention_of(weights: Tensor, kv_heads: int = 1) -> tuple[Queries, ImageToke
 
 
 # ----- what is kept
+
+
+def keeping_all(make) -> Pruner:
+    """With every token kept. A budget or a threshold beside it would still do something: left out."""
+    return make(keep=1.0, **{option: None for option in ("budget", "threshold") if option in make.keywords})
 
 
 def kept_sets(kv: ImageKV, image: ImageTokens, b: int = 0) -> list[list[int]]:

@@ -38,6 +38,15 @@ class Run:
     held: list[list[ImageKV]]           # what each of them decodes with, after prefill and after every step
 
 
+@dataclass
+class Case:
+    """A method with some options, and its run on the mixed batch."""
+    network: LlamaVision
+    image: ImageTokens
+    pruner: Pruner
+    run: Run
+
+
 def forced(network: LlamaVision, prompts: list[list[int]], image: ImageTokens | None,
            pruner: Pruner | None = None, steps: int = 2) -> Run:
     """Run `generate.generate` with new tokens that are given (teacher forcing), and watch it."""

@@ -6,14 +6,14 @@ prompts of other lengths. `tests/reference.py` says how a run is watched and wha
 """
 import copy
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from unittest.mock import patch
 
 import pytest
 import torch
-from helpers import STATES, I, alone, close, encode, kept_sets, small_network
-from reference import Run, forced, masked
+from helpers import STATES, I, alone, close, encode, in_bfloat16, keeping_all, kept_sets, small_network
+from reference import Case, Run, forced, masked
 from torch import Tensor
 
 from generate import generate
@@ -57,17 +57,6 @@ OPTIONS = {
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 ALWAYS = {"quecc": {"weights": "pool"}}                     # the trained ones fit the bundled model alone
 NETWORKS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}    # seed, share, cross-attention layers
-
-
-@dataclass
-class Case:
-    """A method with some options, and its run on the mixed batch."""
-    network: LlamaVision
-    image: ImageTokens
-    pruner: Pruner
-    run: Run
-
-
 CASES: dict[tuple, Case] = {}           # a run that several tests use is made once
 
 
@@ -108,11 +97,6 @@ def network(name) -> LlamaVision:
 
 
 # ----- keeping everything
-
-
-def keeping_all(make) -> Pruner:
-    """With every token kept. A budget or a threshold beside it would still do something: left out."""
-    return make(keep=1.0, **{option: None for option in ("budget", "threshold") if option in make.keywords})
 
 
 def test_keeping_all_is_the_full_network_bit_for_bit(make, network):
@@ -292,11 +276,6 @@ def test_padding_among_image_tokens_is_ignored(make, case):
     run = forced(case.network, PROMPTS, filled, make(), 4)
     assert chosen(run, image) == chosen(case.run, image)
     close(run.logits, case.run.logits)
-
-
-@cache
-def in_bfloat16(network: LlamaVision) -> LlamaVision:
-    return copy.deepcopy(network).bfloat16()
 
 
 def test_half_precision_is_finite(make, network):
