@@ -1,4 +1,5 @@
-"""What the tests of this folder share: fixtures for the command line of generate.py and for the benchmark."""
+"""What the tests of this folder share: fixtures for the command line of generate.py, for the benchmark,
+and a sweep of evaluate.py that is made once."""
 import io
 import json
 import sys
@@ -8,9 +9,11 @@ import pytest
 import torch
 from generate_helpers import STOP, TINY, drawn
 from small_benchmark import CONFIG, CPU, Plain, Twin
+from sweeps import SWEEP
 from tokenizers import Tokenizer
 
 import benchmark
+import evaluate
 import generate as program
 from benchmarks import measure
 from benchmarks.subject import SHAPES, Subject, random_model
@@ -84,3 +87,15 @@ def run_benchmark(monkeypatch, capsys, tmp_path):
 @pytest.fixture(scope="module")
 def subject():
     return Subject(random_model(CONFIG, CPU, torch.float32), generate, "tiny", CONFIG)
+
+
+@pytest.fixture(scope="session")
+def sweep(tmp_path_factory):
+    """A small sweep's folder, with out.json, out.png and what was printed in out.txt."""
+    folder = tmp_path_factory.mktemp("sweep")
+    with pytest.MonkeyPatch.context() as patch, open(folder / "out.txt", "w") as out:
+        files = ["--json", str(folder / "out.json"), "--plot", str(folder / "out.png")]
+        patch.setattr("sys.argv", ["evaluate.py", *SWEEP, *files])
+        patch.setattr("sys.stdout", out)
+        evaluate.main()
+    return folder

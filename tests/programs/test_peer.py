@@ -1,37 +1,21 @@
 """The transformers that the benchmark compares with: the same weights, the same numbers once it is corrected,
 the same inputs of every pass as its own `generate` passes, one graph where it compiles, and our decode loop.
 """
-import sys
-from dataclasses import replace
-from types import SimpleNamespace
-
 import pytest
 import torch
-from helpers import random_tiles, randomise
+from helpers import random_tiles
+from peer_models import SHAPES, make, prompts
 from torch import Tensor
 from transformers import CompileConfig
 
 from benchmarks.peer import Peer, PeerImage
 from generate import generate
-from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.image_tokens import Tiles
 from model.llama_vision import LlamaVision
-from weights import load_model
 
 CLOSE = {"atol": 1e-4, "rtol": 0}
 DIFFERENT = 1e-2
 STEPS = 4
-TEXT = TextConfig(vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=5,
-                  num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=(1, 3))
-SHAPES = {
-    "plain": Config(VisionConfig(16, 32, 2, 3, 1, 28, intermediate_layers_indices=(1, 2)), TEXT, 60),
-    # a tap of the first layer's input, one key/value head, stretched rotary frequencies, a padding token that
-    # the embedding does not hold
-    "odd": Config(VisionConfig(24, 40, 3, 2, 2, 16, 8, intermediate_layers_indices=(0, 1)),
-                  TextConfig(50, 48, 40, 4, num_attention_heads=3, num_key_value_heads=1,
-                             cross_attention_layers=(2,), rope_theta=10000.0,
-                             rope_scaling=RopeScaling(original_max_position_embeddings=16)), 50),
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -48,22 +32,6 @@ def pair(request) -> tuple[LlamaVision, dict[bool, Peer]]:
 @pytest.fixture(scope="module")
 def plain() -> tuple[LlamaVision, dict[bool, Peer]]:
     return make("plain")
-
-
-def make(name: str) -> tuple[LlamaVision, dict[bool, Peer]]:
-    """Ours, and transformers without and with a static cache."""
-    if name == "tiny":
-        ours = load_model("tiny", dtype="fp32").requires_grad_(False)
-    else:
-        ours = randomise(LlamaVision(SHAPES[name]), SHAPES[name].vision, seed=1).requires_grad_(False)
-    return ours, {static: Peer(ours, static) for static in (False, True)}
-
-
-def prompts(config: Config, batch: int, images: int = 1) -> Tensor:
-    """Text, the images side by side, text: other text in every sequence, of the same length."""
-    ids = torch.randint(3, 50, (batch, 11), generator=torch.Generator().manual_seed(batch))
-    ids[:, 4:4 + images] = config.image_token_index
-    return ids
 
 
 def answer(peer: Peer, ids: Tensor, image: PeerImage, steps: int) -> Tensor:
@@ -150,6 +118,17 @@ def test_the_same_memory(pair):
     assert not any(tensor.is_meta for tensor in [*theirs, *peer.model.buffers()])
     assert {part._attn_implementation for part in (peer.model.config, peer.model.config.text_config,
                                                    peer.model.config.vision_config)} == {"sdpa"}
+
+
+def test_encode_takes_images_of_all_grids(plain):
+    """Side by side as alone, and all their tile slots."""
+    ours, peers = plain
+    peer = peers[False]
+    tiles = random_tiles([(1, 1), (2, 2), (1, 3)], ours.config.vision)
+    image = peer.encode(tiles)
+    assert image.states.shape == (3, 4 * 5, 32) and image.grids == [(1, 1), (2, 2), (1, 3)]
+    alone = peer.encode(Tiles(tiles.pixels[1:2], tiles.grid[1:2]))
+    torch.testing.assert_close(image.states[1:2], alone.states, atol=1e-5, rtol=0)
 
 
 # ----- run as its own generate runs it
@@ -255,49 +234,3 @@ def test_a_static_cache_is_used_again(plain):
         assert (other - first).abs().max() > DIFFERENT
         peer.prefill(ids, [11] * 2, images[0], STEPS + 1)
         assert len(peer.static_caches) == 1
-
-
-# ----- refused in one line
-
-
-@pytest.mark.parametrize(("package", "words"), [
-    (None, "which is missing"), (SimpleNamespace(__version__="5.17.3"), "transformers 5.17.3 is too old"),
-    (SimpleNamespace(__version__="4.57.1"), "is too old")], ids=["missing", "5.17.3", "4.57.1"])
-def test_without_transformers(monkeypatch, package, words):
-    ours = randomise(LlamaVision(SHAPES["plain"]), SHAPES["plain"].vision, seed=1)
-    monkeypatch.setitem(sys.modules, "transformers", package)
-    with pytest.raises(ValueError, match=words) as error:
-        Peer(ours)
-    assert "pip install" in str(error.value) and "\n" not in str(error.value)
-
-
-def test_bad_input(plain):
-    ours, peers = plain
-    peer = peers[False]
-    ids, states = prompts(ours.config, 3), peer.encode(random_tiles([(1, 1)] * 2, ours.config.vision)).states
-    for given_states, grids, lengths, words in (
-            (states, [(1, 1)], [11] * 3, "2 encoded images for 3 sequences with 1"),
-            (states, [(1, 1)] * 2, [11] * 3, "sequence 0 has 1 image tokens in its text but 2"),
-            (states[:0], [], [11] * 3, "0 encoded images"),
-            (states[:1], [(1, 1)], [11, 9, 10], "prompts of 9 to 11 tokens")):
-        with pytest.raises(ValueError, match=words) as error:
-            peer.prefill(ids, lengths, PeerImage(given_states, grids), 1)
-        assert "\n" not in str(error.value)
-
-
-def test_cross_attention_in_the_first_layer_is_refused():
-    """Its masks are as long as the cache of the first layer, there the image's."""
-    config = Config(SHAPES["plain"].vision, replace(TEXT, cross_attention_layers=(0, 3)), 60)
-    with pytest.raises(ValueError, match="cannot decode where the first layer is a cross-attention layer"):
-        Peer(LlamaVision(config))
-
-
-def test_encode_takes_images_of_all_grids(plain):
-    """Side by side as alone, and all their tile slots."""
-    ours, peers = plain
-    peer = peers[False]
-    tiles = random_tiles([(1, 1), (2, 2), (1, 3)], ours.config.vision)
-    image = peer.encode(tiles)
-    assert image.states.shape == (3, 4 * 5, 32) and image.grids == [(1, 1), (2, 2), (1, 3)]
-    alone = peer.encode(Tiles(tiles.pixels[1:2], tiles.grid[1:2]))
-    torch.testing.assert_close(image.states[1:2], alone.states, atol=1e-5, rtol=0)
