@@ -19,6 +19,7 @@ from pruning.options import check_least
 from pruning.pruner import Pruner
 from pruning.select import num_kept
 
+MOST_ITERATIONS = 1000
 KAPPA = {"one_sided": 0.0, "partial": 0.5, "balanced": 1.0}
 
 
@@ -41,6 +42,9 @@ class TopV(Pruner):
     def __post_init__(self):
         super().__post_init__()
         check_least(self, alpha=0, beta=0, gamma=0, sigma=0.01, epsilon=0.01, stride=0, iterations=1)
+        if self.iterations > MOST_ITERATIONS:
+            raise ValueError(f"{self.name}: iterations is {self.iterations}, but must be at most "
+                             f"{MOST_ITERATIONS}")
 
     def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         kept = torch.zeros_like(image.coords[..., 0], dtype=torch.bool)

@@ -274,6 +274,7 @@ def test_half_precision_chooses_the_same():
     ({"sigma": 0}, "sigma is 0, but must be at least 0.01"),
     ({"epsilon": 0.0}, "epsilon is 0.0, but must be at least 0.01"),
     ({"iterations": 0}, "iterations is 0, but must be at least 1"),
+    ({"iterations": 2 ** 31}, "iterations is 2147483648, but must be at most 1000"),
     ({"stride": -1}, "stride is -1, but must be at least 0"),
     ({"stride": 2.5}, "stride is 2.5, but must be a whole number"),
     ({"mode": "sinkhorn"}, "mode is 'sinkhorn', but must be partial or one_sided or balanced"),
