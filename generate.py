@@ -136,9 +136,9 @@ class Assistant:
         if pruner is None or pruner.keeps_all:
             pruner = Pruner()
         config = self.model.config.vision
-        real = self.model.image_tokens(self.processor(images).grid.tolist())
-        slots = len(images) * config.max_num_tiles * config.tokens_per_tile
         tiles = pruner.preprocess(images, self.processor)                           # hook 0
+        real = self.model.image_tokens([self.processor.grid(image) for image in images])
+        slots = len(images) * config.max_num_tiles * config.tokens_per_tile
         clock = Clock(self.model.lm_head.weight.device)
         with torch.inference_mode():
             tokens = self.model.encode([tiles], keep_states or pruner.keep_states)

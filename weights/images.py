@@ -98,13 +98,17 @@ class ImageProcessor:
         """
         _check_images(images)
         pixels = torch.zeros(len(images), self.max_tiles, 3, self.tile_size, self.tile_size)
-        grid = torch.zeros(len(images), 2, dtype=torch.int64)
+        grids = torch.zeros(len(images), 2, dtype=torch.int64)
         for i, image in enumerate(images):
-            rows, columns = choose_canvas(image.height, image.width, self.tile_size, self.canvases)
+            rows, columns = self.grid(image)
             canvas = self._normalise(self._draw(image, (rows, columns)))                      # [H, W, 3]
             pixels[i, :rows * columns] = rearrange(canvas, "(r h) (c w) k -> (r c) k h w", r=rows, c=columns)
-            grid[i] = torch.tensor((rows, columns))
-        return Tiles(pixels, grid)
+            grids[i] = torch.tensor((rows, columns))
+        return Tiles(pixels, grids)
+
+    def grid(self, image: Image.Image) -> Grid:
+        """The rows and columns of tiles that an image is cut into."""
+        return choose_canvas(image.height, image.width, self.tile_size, self.canvases)
 
     def _draw(self, image: Image.Image, grid: Grid) -> Tensor:
         """The resized image in the upper left of a black canvas, [H, W, 3] uint8."""
