@@ -60,7 +60,8 @@ def arguments() -> argparse.Namespace:
         help="decode steps of an answer; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
     add("--keep", metavar="R", help="its keep ratio")
-    add("--set", action="append", default=[], metavar="K=V", help="one of its options; P.K=V with --methods")
+    add("--set", action="append", default=[], metavar="K=V",
+        help="one of its options; with --methods of all that have it, or P.K=V")
     add("--against", choices=[PEER], help="on the same weights, in turns")
     add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")

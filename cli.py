@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TextIO
 
@@ -96,26 +97,83 @@ def parse_pruner(method: str | None, keep: str | None, settings: list[str]) -> P
 
 
 def parse_pruners(methods: str, keeps: list[str], settings: list[str]) -> list[Pruner]:
-    """Every method of a list "a,b" (or "all") at every keep ratio; `settings` are "method.option=value".
+    """Every method of a list "a,b" (or "all") at every keep ratio.
 
-    Raises ValueError with one line for bad input.
+    "a:option=value" in the list is a with an option of its own. `settings` are "method.option=value", or
+    "option=value" for all methods that have this option. An option in the list wins over one of a method,
+    and that over one for all. Raises ValueError with one line for bad input.
     """
-    names = []
-    for part in methods.split(","):
-        names += [name for name in METHODS if name != Pruner.name] if part == "all" else [part]
-    names = list(dict.fromkeys(names))
-    chosen = {find(name).name: (name, {}) for name in names}
-    if len(chosen) < len(names):
+    variants = parse_variants(methods)
+    classes = {name: find(name) for name, _ in variants}
+    if len({method.name for method in classes.values()}) < len(classes):
         raise ValueError(f"{quoted(methods)}: two methods have the same name")
+    for_one, for_all = parse_settings(settings, list(classes.values()))
+    numbers = [parse_number(keep) for keep in keeps]
+    pruners = []
+    seen = []
+    for name, own in variants:
+        shared = {option: value for option, value in for_all.items() if has_option(classes[name], option)}
+        chosen = {**shared, **for_one[classes[name].name], **own}
+        pruners += [load(name, keep=keep, **chosen) for keep in numbers]
+        variant = pruners[-1].name, pruners[-1].options_set()
+        if variant in seen:
+            raise ValueError(f"{quoted(methods)}: {variant[0]} is there twice with the same options")
+        seen.append(variant)
+    return pruners
+
+
+def parse_variants(methods: str) -> list[tuple[str, dict[str, object]]]:
+    """The methods of a list, each with its own options: "a,b:x=1:y=2,mine.py:Mine:x=1"."""
+    parts = []
+    for part in methods.split(","):
+        parts += [name for name in METHODS if name != Pruner.name] if part == "all" else [part]
+    variants = []
+    for part in dict.fromkeys(parts):
+        name, colon, last = part.rpartition(":")
+        own = []
+        while colon and "=" in last:
+            own.insert(0, parse_option(last))
+            part = name
+            name, colon, last = part.rpartition(":")
+        if "keep" in dict(own):
+            raise ValueError(f"{quoted(methods)}: --keep is for all methods")
+        variants.append((part, dict(own)))
+    return variants
+
+
+def parse_settings(settings: list[str], methods: list[type[Pruner]]) -> tuple[dict[str, dict], dict]:
+    """What --set says for each method by its name, and for all that have the option."""
+    for_one = {method.name: {} for method in methods}
+    for_all = {}
     for text in settings:
         where, value = parse_option(text)
         method, dot, option = where.rpartition(".")
-        if not dot or method not in chosen or option == "keep":
-            raise ValueError(f"--set {quoted(text)}: give it as method.option=value, of {', '.join(chosen)}; "
-                             "--keep is for all methods")
-        chosen[method][1][option] = value
-    numbers = [parse_number(keep) for keep in keeps]
-    return [load(name, keep=keep, **options) for name, options in chosen.values() for keep in numbers]
+        if option == "keep" or dot and method not in for_one:
+            raise ValueError(f"--set {quoted(text)}: give it as option=value or method.option=value, of "
+                             f"{', '.join(for_one)}; --keep is for all methods")
+        if not dot and not any(has_option(method, option) for method in methods):
+            raise ValueError(f"--set {quoted(text)}: none of {', '.join(for_one)} has this option")
+        (for_one[method] if dot else for_all)[option] = value
+    return for_one, for_all
+
+
+def has_option(method: type[Pruner], option: str) -> bool:
+    return option in {field.name for field in fields(method)}
+
+
+def labelled(variants: list[tuple[str, dict]]) -> list[tuple[str, dict]]:
+    """What to call each method with these options, and the options that this does not tell.
+
+    A label is the name, and what differs between several of the same name: "random", or "random seed=3".
+    """
+    labels = []
+    for name, chosen in variants:
+        others = [other for same, other in variants if same == name]
+        common = {option: value for option, value in chosen.items()
+                  if all(option in other and other[option] == value for other in others)}
+        own = [f"{option}={value}" for option, value in chosen.items() if option not in common]
+        labels.append((" ".join([name, *own]), common))
+    return labels
 
 
 def parse_option(text: str) -> tuple[str, object]:

@@ -5,9 +5,10 @@
 
 The questions are the same every time, as many of each kind as of any other, about held-out scenes of all
 eight tile ratios. An answer counts when it equals the expected one to the letter. With `--prune a,b --keep
-0.5,0.1` every method answers everything at every keep ratio. `--skip-layer 0` closes the gates of a
-cross-attention layer, which shows what the model loses without it. A long run may be stopped: with `--json
-FILE` the answers so far are in FILE.part, and the same command goes on from there.
+0.5,0.1` every method answers everything at every keep ratio; `a,a:option=value` has a method twice. `--split
+val` asks about validation scenes, so that test scenes do not decide what is chosen. `--skip-layer 0` closes
+the gates of a cross-attention layer, which shows what the model loses without it. A long run may be stopped:
+with `--json FILE` the answers so far are in FILE.part, and the same command goes on from there.
 """
 import program
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from PIL import ImageFilter
 
 from answers import mean
-from cli import Parser, check_output, parse_pruners, real_number, whole_number, writing
+from cli import Parser, check_output, parse_pruners, parse_variants, real_number, whole_number, writing
 from evaluation.exam import Exam, is_about_the_absent, make_exam
 from evaluation.layers import Observer, close_gates, gates, layer_similarity
 from evaluation.plot import check_plot, plot, summary, table
@@ -42,6 +43,7 @@ from weights.messages import quoted
 from weights.tokenizer import messages
 
 MAX_NEW_TOKENS = 64
+SPLITS = {"val": "validation", "test": "test"}
 KEEPS = "0.5,0.25,0.1,0.05,0.02"
 MOST_QUESTIONS = 1_000_000
 MOST_BLUR = 1000            # pixels
@@ -124,16 +126,19 @@ def progress_line(done: int, total: int, seconds_each: float) -> str:
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python evaluate.py", description="Accuracy on the built-in test scenes.")
+    parser = Parser(prog="python evaluate.py", description="Accuracy on the built-in scenes.")
     add = parser.add_argument
     add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
     add("--questions", type=whole_number, default=2000, metavar="N", help="default 2000")
+    add("--split", choices=SPLITS, default="test", help="the scenes asked about; default test")
     add("--kinds", metavar="K,...", help=f"of question; default {','.join(KINDS)}")
     add("--blur", type=real_number, default=0, metavar="R", help="blur the images: a Gaussian of R pixels")
     add("--skip-layer", type=whole_number, metavar="I", help="close cross-attention layer I")
-    add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS")
+    add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS; "
+        "P:K=V has an option of its own, also beside P")
     add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
-    add("--set", action="append", default=[], metavar="P.K=V", help="another option of a method")
+    add("--set", action="append", default=[], metavar="P.K=V",
+        help="another option of a method; K=V for all methods that have it")
     add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE; FILE.part while it runs")
@@ -195,8 +200,10 @@ def kinds_of(args: argparse.Namespace) -> list[str]:
 
 def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     """Everything that the answers depend on: results of other settings are never taken for these."""
-    files = [name.rpartition(":")[0] for name in (args.prune or "").split(",") if ":" in name]
-    return {"model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
+    names = [] if args.prune is None else [name for name, _ in parse_variants(args.prune)]
+    files = [name.rpartition(":")[0] for name in names if ":" in name]
+    return {"split": SPLITS[args.split],
+            "model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
             "skip_layer": args.skip_layer, "device": args.device, "dtype": args.dtype,
             "files": {name: zlib.crc32(read_bytes(name)) for name in files},
@@ -215,7 +222,7 @@ def fingerprint(folder: Path) -> int:
 
 def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None) -> dict:
     """Ask, or go on asking, and store the figures; those of the full model alone are printed at once."""
-    exam = make_exam(args.questions, kinds=kinds_of(args))
+    exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
     with store or nullcontext():
         assistant = Assistant(args.model, args.device, args.dtype)
         opened = gates(assistant.model)
@@ -228,7 +235,7 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
         if store:
             store.finish(made)
     if args.prune is None:
-        print(summary(full_score(exam, records), opened))
+        print(summary(full_score(exam, records), opened, settings["split"]))
         wrong_yes = made["rows"][0]["wrong_yes"]
         if wrong_yes is not None:
             print(f"wrong yes  {wrong_yes:6.1%} of questions whether something is there that is not")

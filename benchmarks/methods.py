@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.subject import Subject, cut, random_model
 from benchmarks.timed import Timed
+from cli import labelled
 from model.config import Config
 from model.image_tokens import ImageTokens
 from program import say
@@ -34,6 +35,7 @@ GUIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 
 def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, prompt_tokens: int,
             new_tokens: int, repeat: int, random: bool) -> list[dict]:
     """A row for each: medians of milliseconds, and bytes for one question; `random` if the weights are."""
+    labels = [label for label, _ in labelled([(pruner.name, pruner.options_set()) for pruner in pruners])]
     with TemporaryDirectory() as folder:
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
@@ -49,8 +51,8 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
                 measured = one_round(subject, pruner, ids, images[str(pruner)], new_tokens)
                 if turn >= 0:
                     rounds[str(pruner)].append(measured)
-    return [{"method": pruner.name, "keep": pruner.keep, **medians(rounds[str(pruner)])}
-            for pruner in pruners]
+    return [{"method": label, "keep": pruner.keep, **medians(rounds[str(pruner)])}
+            for label, pruner in zip(labels, pruners, strict=True)]
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

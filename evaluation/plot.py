@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from answers import size
-from cli import check_output
+from cli import check_output, labelled
 from evaluation.scoring import Score
 from scenes.draw import RATIOS
 from scenes.questions import KINDS
@@ -20,35 +20,44 @@ LEAST_WRONG = 0.25                  # per cent
 LEAST_KEPT = 0.001
 
 
-def summary(score: Score, gates: list[tuple[float, float]]) -> str:
+def summary(score: Score, gates: list[tuple[float, float]], split: str = "test") -> str:
     """The full model: right answers by kind and by tile ratio, and its gates."""
     kinds = [kind for kind in KINDS if score.asked[kind]]
     lines = [f"{kind:10} {score.share(kind):6.1%} of {score.asked[kind]}" for kind in kinds]
     ratios = [f"{rows}x{columns} {score.share((rows, columns)):.1%}" for rows, columns in RATIOS]
     lines.append(f"{'mean':10} {score.mean():6.1%} over kinds, {score.share('all'):.1%} of all "
-                 f"{score.asked['all']}")
+                 f"{score.asked['all']}{about(split)}")
     lines.append("tiles      " + ", ".join(ratios))
     lines.append("gates      " + ", ".join(f"{attention:.2f}/{mlp:.2f}" for attention, mlp in gates))
     return "\n".join(lines)
 
 
+def about(split: str) -> str:
+    """What scenes the questions are about, where they are not the usual ones."""
+    return "" if split == "test" else f" about {split} scenes"
+
+
 def table(made: dict) -> str:
-    """The rows as aligned text; below them the options that are set, and how alike the layers are.
+    """The rows as aligned text; below them the options that labels do not tell, and how alike the layers are.
 
     Shares in per cent, image KV read for one question, milliseconds of prefill and of one decode step.
     """
     short = [kind if len(kind) < 6 else kind[:4] + "." for kind in KINDS]
     lines = [["method", "keep", "kept", "accuracy", *short, "wrong yes", "image KV", "prefill", "decode"]]
-    for row in made["rows"]:
+    labels = labelled([(row["method"], row["options"]) for row in made["rows"]])
+    for (label, _), row in zip(labels, made["rows"], strict=True):
         band = f"{percent(row['accuracy'])} [{percent(row['low'])}, {percent(row['high'])}]"
-        lines.append([row["method"], str(row["keep"]), percent(row["kept"]) + "%", band,
+        lines.append([label, str(row["keep"]), percent(row["kept"]) + "%", band,
                       *(percent(row["accuracy_by_kind"][kind]) for kind in KINDS), percent(row["wrong_yes"]),
                       size(row["image_kv_bytes"]), f"{row['prefill_ms']:.3g} ms",
                       f"{row['decode_ms']:.3g} ms"])
     text = aligned(lines)
-    options = {row["method"]: row["options"] for row in made["rows"] if row["options"]}
-    for method, chosen in options.items():
-        text.append(f"{method}: " + ", ".join(f"{option} {value}" for option, value in chosen.items()))
+    common = {row["method"]: options for (_, options), row in zip(labels, made["rows"], strict=True)}
+    for method, chosen in common.items():
+        if chosen:
+            text.append(f"{method}: " + ", ".join(f"{option} {value}" for option, value in chosen.items()))
+    if scenes := about(made.get("split", "test")):
+        text.append(f"{made['questions']} questions{scenes}")
     cosine = mean_of_pairs(made["layer_similarity"]["cosine"])
     overlap = mean_of_pairs(made["layer_similarity"]["top10_overlap"])
     if cosine is not None:
@@ -85,7 +94,7 @@ def check_plot(path: Path):
 
 
 def plot(made: dict, path: Path):
-    """Draw accuracy against the share of tokens kept: a line for each method, and the full model across.
+    """Draw accuracy against the share of tokens kept: a line for each label, and the full model across.
 
     It can be read without colours. Both axes are logarithmic, in tokens kept and in wrong answers: most of
     what there is to see lies below 10 % of the tokens and between 2 and 20 % of wrong answers.
@@ -95,11 +104,13 @@ def plot(made: dict, path: Path):
     axes = figure.subplots()
     full, *rows = made["rows"]
     axes.axhline(wrong(full["accuracy"]), color="0.3", linewidth=1, label="full model")
-    for i, method in enumerate(dict.fromkeys(row["method"] for row in rows)):
-        draw_method(axes, i, [row for row in rows if row["method"] == method])
+    labels = labelled([(row["method"], row["options"]) for row in rows])
+    for i, (label, common) in enumerate(dict(labels).items()):
+        points = [row for (name, _), row in zip(labels, rows, strict=True) if name == label]
+        draw_method(axes, i, label, common, points)
     draw_axes(axes, least=min([0.5, *(max(LEAST_KEPT, row["kept"]) for row in rows)]))
     # Names are text, also with two dollar signs, between which matplotlib would look for a formula.
-    title = f"{made['model']}, {made['questions']} questions"
+    title = f"{made['model']}, {made['questions']} questions{about(made.get('split', 'test'))}"
     axes.set_title(title, fontsize="medium", parse_math=False)
     legend = figure.legend(loc="outside right upper", frameon=False)
     for text in legend.get_texts():
@@ -107,19 +118,19 @@ def plot(made: dict, path: Path):
     figure.savefig(path, dpi=150)
 
 
-def draw_method(axes: Any, i: int, rows: list[dict]):
-    """The i-th method: a line with its band."""
+def draw_method(axes: Any, i: int, label: str, options: dict, rows: list[dict]):
+    """The i-th method with these options: a line with its band."""
     points = []
     for row in rows:
         kept = max(LEAST_KEPT, row["kept"])
         points.append((kept, wrong(row["accuracy"]), wrong(row["low"]), wrong(row["high"])))
     x, y, low, high = zip(*sorted(points), strict=True)
-    options = [f"  {option} {value}" for option, value in rows[0]["options"].items()]
+    legend = "\n".join([label, *(f"  {option} {value}" for option, value in options.items())])
     colour = COLOURS[i % len(COLOURS)]
     axes.fill_between(x, low, high, color=colour, alpha=0.12, linewidth=0)
     axes.vlines(x, low, high, color=colour, alpha=0.5, linewidth=1)         # the band of one point is empty
     axes.plot(x, y, color=colour, marker=MARKERS[i % len(MARKERS)], linestyle=LINES[i % len(LINES)],
-              markersize=5, linewidth=1.4, label="\n".join([rows[0]["method"], *options]))
+              markersize=5, linewidth=1.4, label=legend)
 
 
 def draw_axes(axes: Any, least: float):

@@ -32,6 +32,8 @@ def are_figures(made: dict) -> bool:
     settings = made["settings"]
     if any(made.get(name) != settings[name] for name in ("model", "questions")):
         return False
+    if made.get("split", "test") != settings.get("split", "test"):      # files of before there were splits
+        return False
     if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
         return False
     asked = [[row.get("method"), row.get("keep"), row.get("options")] for row in rows]

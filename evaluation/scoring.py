@@ -91,7 +91,7 @@ def figures(settings: dict, exam: Exam, records: list[dict], gates: list[tuple[f
     for i, (method, keep, options) in enumerate(settings["rows"]):
         answers = [record["rows"][i] for record in records]
         rows.append({"method": method, "keep": keep, "options": options, **row_figures(answers, full, exam)})
-    made = {"model": settings["model"], "questions": settings["questions"],
+    made = {"model": settings["model"], "questions": settings["questions"], "split": settings["split"],
             "skipped_layer": settings["skip_layer"], "accuracy_by_kind": score.shares(list(KINDS)),
             "accuracy_by_ratio": score.shares(RATIOS), "mean_over_kinds": score.mean(),
             "accuracy": score.share("all"), "gates": gates, "settings": settings, "rows": rows}

@@ -36,7 +36,7 @@ class Store:
     def __init__(self, path: Path, settings: dict):
         self.path = path
         self.part = path.with_name(path.name + ".part")
-        self.settings = json.dumps(settings)    # compared as text: 1 == 1.0, but one token is not all of them
+        self.settings = as_text(settings)
         self.records: list[dict] = []
 
     def __enter__(self) -> "Store":
@@ -89,7 +89,8 @@ class Store:
             made = read_json(self.path, MOST_BYTES)
         except ValueError:                      # something else, which the new figures will replace
             return None
-        if not isinstance(made, dict) or json.dumps(made.get("settings")) != self.settings:
+        settings = made.get("settings") if isinstance(made, dict) else None
+        if not isinstance(settings, dict) or as_text(settings) != self.settings:
             return None
         if not are_figures(made):
             raise ValueError(f"{named(self.path)}: the figures are damaged; delete this file to ask again")
@@ -140,6 +141,14 @@ class Store:
         except OSError as error:
             raise ValueError(f"{named(self.part)}: cannot be written: {reason(error)}; the same command "
                              "goes on from here") from None
+
+
+def as_text(settings: dict) -> str:
+    """Settings are compared as text: 1 == 1.0, but one token is not all of them.
+
+    Files of before there were splits are about test scenes.
+    """
+    return json.dumps({"split": "test", **settings})
 
 
 def open_locked(path: Path) -> FileIO:

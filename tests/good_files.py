@@ -162,8 +162,8 @@ def text_files() -> list[Files]:
 
 
 EXAM = make_exam(6)
-SETTINGS = {"model": "tiny", "weights": 1, "questions": 6, "kinds": None, "blur": 0, "skip_layer": None,
-            "rows": [["none", 1.0, {}], ["random", 0.5, {"seed": 3}]]}
+SETTINGS = {"split": "test", "model": "tiny", "weights": 1, "questions": 6, "kinds": None, "blur": 0,
+            "skip_layer": None, "rows": [["none", 1.0, {}], ["random", 0.5, {"seed": 3}]]}
 GATES = [(0.5, 0.25), (0.1, -0.2)]
 
 

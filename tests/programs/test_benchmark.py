@@ -104,10 +104,11 @@ def test_the_real_transformers(subject):
 
 
 def test_what_methods_add(run_benchmark):
-    out, made = run_benchmark("--methods", "random,fastv", "--keep", "0.5", "--set", "fastv.when=step",
-                              "--tiles", "2")
-    whole, random, fastv = made["methods"]
-    assert [row["method"] for row in made["methods"]] == ["none", "random", "fastv"] and made["rows"] == []
+    out, made = run_benchmark("--methods", "random,random:seed=1,fastv", "--keep", "0.5", "--tiles", "2",
+                              "--set", "fastv.when=step")
+    whole, random, _, fastv = made["methods"]
+    assert [row["method"] for row in made["methods"]] == ["none", "random", "random seed=1", "fastv"]
+    assert made["rows"] == []
     image = 2 * CONFIG.vision.tokens_per_tile
     text, layers = CONFIG.text, len(CONFIG.text.cross_attention_layers)
     token = 2 * 2 * text.num_key_value_heads * text.head_dim                        # bytes in one layer, bf16

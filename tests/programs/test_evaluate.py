@@ -41,6 +41,12 @@ def test_exam_is_balanced_held_out_and_the_same_every_time():
     assert {split_of(scene) for scene, _ in exam} == {"test"}
 
 
+def test_validation_scenes_are_other_scenes():
+    exam = make_exam(30, "validation")
+    assert {split_of(scene) for scene, _ in exam} == {"validation"}
+    assert not any(scene in [other for other, _ in make_exam(30)] for scene, _ in exam)
+
+
 def test_a_longer_exam_begins_with_the_shorter():
     assert make_exam(60)[:19] == make_exam(57)[:19]
 
@@ -81,6 +87,22 @@ def test_command_prints_and_writes_the_figures(run, tmp_path):
     assert f"{figures['mean_over_kinds']:.1%} over kinds, {figures['accuracy']:.1%} of all 18" in printed
     assert [row["method"] for row in figures["rows"]] == ["none"] and "layer_similarity" not in figures
     assert len(figures["gates"]) == 3 and list(tmp_path.iterdir()) == [out]
+
+
+def test_split(run, tmp_path):
+    """The scenes are those of the split; it is stored, and printed where they are not test scenes."""
+    out = tmp_path / "out.json"
+    asked, original = [], evaluate.examine
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "examine", lambda assistant, scene, *rest: (
+            asked.append(split_of(scene)), original(assistant, scene, *rest))[1])
+        texts = [run("--questions", 3, "--json", out, *split).out for split in
+                 ([], ["--split", "test"], ["--split", "val"])]
+    made = json.loads(out.read_text())
+    assert asked == ["test", "test", "validation"]
+    assert made["split"] == made["settings"]["split"] == "validation"
+    assert texts[0] == texts[1] and "of all 3\n" in texts[0]
+    assert "of all 3 about validation scenes\n" in texts[2]
 
 
 def test_who_says_yes_to_everything_makes_things_up(run, tmp_path, monkeypatch):
@@ -138,6 +160,7 @@ def test_progress_is_one_line_on_a_terminal_alone(assistant, monkeypatch, capsys
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--questions", "0"], "at least 1"), (["--blur", "-1"], "0 or more pixels"),
+    (["--split", "train"], "invalid choice: 'train'"), (["--split", ""], "invalid choice"),
     (["--kinds", "taste"], "no question is of kind 'taste'"),
     (["--skip-layer", "9"], "cross-attention layers 0 to 2"),
     (["--model", "nowhere"], "neither"), (["--frobnicate"], "unrecognized"),
@@ -160,7 +183,14 @@ def test_bad_input_is_one_line(run, capsys, argv, words):
     (["--prune", "random", "--keep", "1.5"], "is 1.5"), (["--prune", "random", "--keep", ""], "keep is ''"),
     (["--prune", "downsample", "--keep", "100"], "fraction"),
     (["--prune", "random", "--set", "nonsense"], "option=value"),
-    (["--prune", "random", "--set", "seed=1"], "method.option=value"),
+    (["--prune", "random,spatial", "--set", "frob=1"], "none of random, spatial has this option"),
+    (["--prune", "random", "--set", "keep=1"], "--keep is for all"),
+    (["--prune", "random:keep=1"], "--keep is for all"), (["--prune", "random:frob=1"], "no option 'frob'"),
+    (["--prune", "random:seed"], "no pruning method 'random:seed'"),
+    (["--prune", "random:seed=x"], "whole number"), (["--prune", ":seed=1"], "no pruning method ''"),
+    (["--prune", "random,random:seed=0"], "random is there twice with the same options"),
+    (["--prune", "random:seed=1,random", "--set", "seed=1"], "random is there twice"),
+    (["--prune", "no.py:Mine:seed=1"], "no.py: no such file"),
     (["--prune", "random", "--set", "fastv.rows=all"], "of random"),
     (["--prune", "random", "--set", "random.keep=1"], "--keep is for all"),
     (["--prune", "random", "--set", "random.frob=1"], "no option 'frob'"),

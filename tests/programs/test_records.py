@@ -35,6 +35,7 @@ def test_figures_are_read_as_they_were_written(made, tmp_path):
     lambda made: made.update(layer_similarity=None),
     lambda made: made.update(model="another"),
     lambda made: made.update(questions=7),
+    lambda made: made.update(split="validation"),
     lambda made: made.update(rows={}),
 ])
 def test_figures_that_are_not_those_of_the_settings_are_refused(made, tmp_path, damage):

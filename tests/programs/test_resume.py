@@ -73,7 +73,7 @@ def test_store(sweep, tmp_path):
     with store:
         assert store.records == [] and part.exists()
     assert store.finished() is None and not part.exists()                   # nothing was done
-    part.write_bytes(b'{"ke')                                               # not even the header is complete
+    part.write_bytes(b'{"sp')                                               # not even the header is complete
     with store:
         assert store.records == []
         for record in {"a": 1}, {"a": 2}:

@@ -5,13 +5,15 @@ from functools import partial
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from sweeps import MINE, ROWS, SWEEP, evaluate_command
 
 import evaluate
 import generate
+from cli import labelled
 from evaluation.exam import make_exam
-from evaluation.plot import plot
+from evaluation.plot import plot, table
 from evaluation.scoring import paired_bootstrap
 from pruning import METHODS, Pruner, load
 
@@ -94,6 +96,18 @@ def test_redrawing_asks_nothing(sweep, run, monkeypatch, tmp_path):
     assert (tmp_path / "again.png").read_bytes() == (sweep / "out.png").read_bytes()
     with pytest.raises(TypeError):                                          # other settings: it would ask
         run(*SWEEP, "--keep", "0.5", "--json", sweep / "out.json", "--plot", tmp_path / "again.png")
+    with pytest.raises(TypeError):
+        run(*SWEEP, "--split", "val", "--json", sweep / "out.json", "--plot", tmp_path / "again.png")
+
+
+def test_figures_of_before_there_were_splits_are_of_test_scenes(sweep, run, monkeypatch, tmp_path):
+    made, out = json.loads((sweep / "out.json").read_text()), tmp_path / "out.json"
+    del made["split"], made["settings"]["split"]
+    out.write_text(json.dumps(made))
+    monkeypatch.setattr(evaluate, "Assistant", None)
+    printed = run(*SWEEP, "--json", out, "--plot", tmp_path / "again.png")
+    assert printed.out == (sweep / "out.txt").read_text()
+    assert (tmp_path / "again.png").read_bytes() == (sweep / "out.png").read_bytes()
 
 
 def test_only_shrunk_images_are_encoded_again_and_steps_are_counted(assistant, monkeypatch):
@@ -133,6 +147,57 @@ def test_methods_of_ones_own(run, tmp_path):
     (tmp_path / "mine.py").write_text(MINE + "# changed\n")
     run("--questions", 1, "--prune", name, "--keep", 7, "--json", out)
     assert json.loads(out.read_text())["settings"]["files"] != before["settings"]["files"]
+
+
+# ----- options
+
+
+def test_an_option_for_all_methods_that_have_it():
+    settings = ["full_layers=0", "fastv.full_layers=2", "when=boundary"]
+    pruners = evaluate.plan("random,spatial,fastv,topv", "0.5,7", settings)
+    assert [(p.name, p.keep, p.options_set()) for p in pruners[1:]] == [
+        (name, keep, chosen) for name, chosen in (
+            ("random", {"full_layers": 0, "when": "boundary"}),
+            ("spatial", {"full_layers": 0, "when": "boundary"}),
+            ("fastv", {"full_layers": 2, "when": "boundary"}), ("topv", {})) for keep in (0.5, 7)]
+
+
+def test_a_method_with_options_of_its_own_beside_itself(tmp_path):
+    (tmp_path / "mine.py").write_text(MINE)
+    mine = f"{tmp_path}/mine.py:Mine"
+    listed = f"random,random:seed=1:full_layers=0,{mine},{mine}:option=3,random"
+    pruners = evaluate.plan(listed, "0.5", ["seed=7", "random.full_layers=2"])
+    assert [(p.name, p.options_set()) for p in pruners[1:]] == [
+        ("random", {"full_layers": 2, "seed": 7}), ("random", {"full_layers": 0, "seed": 1}),
+        ("own", {}), ("own", {"option": 3})]
+
+
+def test_labels_tell_what_differs():
+    assert labelled([("a", {"x": 1}), ("a", {"x": 1}), ("b", {})]) == [("a", {"x": 1})] * 2 + [("b", {})]
+    assert labelled([("a", {"x": 1, "y": 2}), ("b", {"x": 1}), ("a", {"x": 1}), ("a", {"x": 1, "y": 3})]) == [
+        ("a y=2", {"x": 1}), ("b", {"x": 1}), ("a", {"x": 1}), ("a y=3", {"x": 1})]
+
+
+def test_variants_in_table_and_plot(sweep, tmp_path):
+    made = json.loads((sweep / "out.json").read_text())
+    for row, chosen in zip(made["rows"][1:], [{}, {}, {"seed": 1}, {"seed": 1}], strict=True):
+        row.update(method="random", options={"full_layers": 0, **chosen})
+    lines = table({**made, "split": "validation"}).splitlines()
+    assert [line.split("  ")[0] for line in lines[2:6]] == ["random"] * 2 + ["random seed=1"] * 2
+    assert lines[6:8] == ["random: full_layers 0", "12 questions about validation scenes"]
+    drawn = legend_of({**made, "split": "validation"}, tmp_path / "out.svg")
+    assert drawn == ("tiny, 12 questions about validation scenes",
+                     ["full model", "random\n  full_layers 0", "random seed=1\n  full_layers 0"])
+
+
+def legend_of(made, path):
+    """The title and the legend that `plot` draws."""
+    figures = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        plot(made, path)
+    figure = figures[0]
+    return figure.axes[0].get_title(), [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 # ----- how sure it is
