@@ -53,6 +53,17 @@ def are_figures(made: dict) -> bool:
     return are_matrices(similarity, None)
 
 
+def are_comparable(made: object) -> bool:
+    """Whether they are figures of several methods, with what `compare` reads of each row beside that."""
+    settings = made.get("settings") if isinstance(made, dict) else None
+    if not isinstance(settings, dict) or not {"model", "questions", "rows"} <= settings.keys():
+        return False
+    if not are_figures(made) or len(made["rows"]) < 2:
+        return False
+    return all(isinstance(row["method"], str) and isinstance(row["options"], dict)
+               and isinstance(row.get("right"), str) and {*row["right"]} <= {*"01 "} for row in made["rows"])
+
+
 def are_matrices(similarity: object, layers: int | None) -> bool:
     """Whether it is what `layers.layer_similarity` returns, of so many layers, or of any number."""
     if not isinstance(similarity, dict) or similarity.keys() != set(SIMILARITIES):
