@@ -201,7 +201,7 @@ def arguments() -> argparse.Namespace:
     add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
     add("--set", action="append", default=[], metavar="K=V", help="another option of the method")
-    add("--save-map", type=Path, metavar="PATH", help="draw what was kept over the image")
+    add("--save-map", type=Path, metavar="PATH", help="draw what was kept or merged over the image")
     add("--map", choices=("kept", "attention"), default="kept",
         help="attention: draw what the prompt looks at")
     return parser.parse_args()

@@ -35,6 +35,7 @@ class Pruner(Options):
     keep_states: ClassVar[bool] = False         # whether it needs ImageTokens.states
     merges: ClassVar[bool] = False              # whether a kept token may be made of several tokens
     stored: ClassVar[list[ImageKV]] = []        # image KV beside the cache, to choose from again
+    owners: ClassVar[list[Tensor]] = []         # of each layer or of all, [B, N] or [B, K, N]: see prefilled
 
     def begin(self, model: LlamaVision):
         """Before everything else, for each call of `generate`: keep of the model what the method needs."""
@@ -54,7 +55,8 @@ class Pruner(Options):
 
     def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
         """Hook 3, between prefill and decode: drop, merge or replace, in any layer, in any key/value head.
-        Tokens that the last prompt token does not see are masked here, and dropped afterwards."""
+        Tokens that the last prompt token does not see are masked here, and dropped afterwards. A method that
+        merges says from here on in `owners` which of the encoded tokens (before hook 1) stands for each."""
         return image_kv
 
     def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
@@ -119,6 +121,10 @@ class Wrapper(Pruner):
     @property
     def stored(self) -> list[ImageKV]:
         return self.inner.stored
+
+    @property
+    def owners(self) -> list[Tensor]:
+        return self.inner.owners
 
     def __str__(self) -> str:
         return str(self.inner)

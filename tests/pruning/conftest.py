@@ -1,10 +1,11 @@
-"""What the tests of one method in several files share: a model in the place of SGL's guide."""
+"""What tests in several files share: a model in the place of SGL's guide, and the panels of a map."""
 from collections.abc import Callable
 
 import pytest
 from sgl_by_hand import networks
 
 from model.llama_vision import LlamaVision
+from pruning import visualize
 
 
 @pytest.fixture
@@ -16,3 +17,13 @@ def pair(monkeypatch) -> Callable[..., tuple[LlamaVision, LlamaVision]]:
         monkeypatch.setattr("pruning.methods.sgl.load_guide", lambda source, device, dtype: guide)
         return large, guide
     return guided
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list:
+    """The panels and their labels as they are drawn, and at last the lines of the legend."""
+    seen, cell, sheet = [], visualize.cell, visualize.sheet
+    monkeypatch.setattr(visualize, "cell", lambda *panel: seen.append(panel) or cell(*panel))
+    monkeypatch.setattr(visualize, "sheet", lambda blocks, title, lines: seen.append([title, *lines])
+                        or sheet(blocks, title, lines))
+    return seen

@@ -93,11 +93,11 @@ def test_every_hook_is_passed_on(wrapper):
 def test_a_wrapper_says_of_itself_what_its_pruner_says(wrapper, method):
     inner = load(method, keep=0.3)
     around = wrapper(inner)
-    for name in "keep_states", "merges", "stored":
+    for name in "keep_states", "merges", "stored", "owners":
         assert getattr(around, name) == getattr(inner, name)
     assert str(around) == str(inner) and around.keep == inner.keep and not around.keeps_all
-    inner.stored = ["changes with every step"]
-    assert around.stored is inner.stored
+    inner.stored, inner.owners = ["changes with every step"], ["known after hook 1"]
+    assert around.stored is inner.stored and around.owners is inner.owners
 
 
 def test_a_wrapper_changes_no_answer():

@@ -1,74 +1,21 @@
 """The maps: every patch where the model saw it, every count right, and a Recorder that changes nothing."""
-import math
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import refused, tile_coords
+from helpers import refused
+from map_helpers import PROCESSOR, SIZES, P, S, kv, noisy_image, patches, pixels, recorded, tokens
 from PIL import Image, ImageFont
 from torch import Tensor
 
 from generate import Assistant
 from model.image_tokens import ImageKV, ImageTokens, Queries
-from pruning import Pruner, load, visualize
+from pruning import Pruner, load, view, visualize
 from pruning.recorder import Recorder
-from pruning.visualize import attention_map, kept_map, wrap
+from pruning.sheet import GAP, wrap
+from pruning.visualize import attention_map, kept_map
 from weights.image_file import open_image
-from weights.images import ImageProcessor
 from weights.tokenizer import messages
-
-S, P = 32, 4                                    # a tile's side in pixels, and in patches
-PROCESSOR = ImageProcessor(S)
-SIZES = {       # grid: height and width of an image that is given this grid, and leaves padding
-    (1, 1): (32, 20), (1, 2): (20, 64), (1, 3): (20, 96), (1, 4): (20, 128),
-    (2, 1): (64, 20), (2, 2): (64, 50), (3, 1): (96, 20), (4, 1): (128, 20)}
-
-
-def noisy_image(height: int, width: int) -> Image.Image:
-    bits = torch.randint(90, 200, (height * width * 3,), generator=torch.Generator().manual_seed(0))
-    return Image.frombytes("RGB", (width, height), bytes(bits.tolist()))
-
-
-def tokens(*grids: tuple[int, int]) -> Tensor:
-    """The coords of all tokens of images of these grids, [N, 4]."""
-    return torch.tensor([coords for i, grid in enumerate(grids)
-                         for coords in tile_coords(math.prod(grid), P, i)])
-
-
-def kv(*sets: list[tuple], heads: int = 2, mask: Tensor | None = None) -> ImageKV:
-    """A layer that holds tokens with these coords: one set, or one for each key/value head."""
-    coords = torch.tensor(sets)[None]                                                    # [1, K, n, 4]
-    empty = torch.ones(1, heads, coords.shape[2], 8)
-    return ImageKV(empty, empty, coords, mask)
-
-
-def recorded(grids: list[tuple[int, int]], *layers: ImageKV) -> Recorder:
-    recorder, coords = Recorder(Pruner()), tokens(*grids)[None]
-    recorder.encoded(ImageTokens(torch.ones(1, coords.shape[1], 8), coords), [[0]])
-    recorder.prefilled(list(layers))
-    return recorder
-
-
-def pixels(image: Image.Image) -> Tensor:
-    flat = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
-    return flat.view(image.height, image.width, 3).float()
-
-
-@pytest.fixture
-def drawn(monkeypatch) -> list:
-    """The panels and their labels as they are drawn, and at last the lines of the legend."""
-    seen, cell, sheet = [], visualize.cell, visualize.sheet
-    monkeypatch.setattr(visualize, "cell", lambda *panel: seen.append(panel) or cell(*panel))
-    monkeypatch.setattr(visualize, "sheet", lambda blocks, title, lines: seen.append([title, *lines])
-                        or sheet(blocks, title, lines))
-    return seen
-
-
-def patches(image: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The inner pixels of every patch, without borders and outlines, [rows · P, columns · P, 3, h, w]."""
-    side, edge = len(image) // (grid[0] * P), 4
-    cut = image.unfold(0, side, side).unfold(1, side, side)
-    return cut[..., edge:-edge, edge:-edge]
 
 
 def clear(panel: Image.Image, image: Image.Image, grid: tuple[int, int]) -> Tensor:
@@ -113,11 +60,11 @@ def test_dropped_patches_are_far_darker_and_their_padding_is_no_longer_black(dra
 def test_panels_are_complete_on_the_sheet(drawn):
     layers = [kv([(0, 0, 0, column)]) for column in range(3)]
     sheet = kept_map([noisy_image(96, 20)], PROCESSOR, recorded([(3, 1)], *layers), "")
-    x = visualize.GAP
+    x = GAP
     for panel, label in drawn[:3]:
-        y = visualize.GAP + visualize.cell(panel, label).height - panel.height
+        y = GAP + visualize.cell(panel, label).height - panel.height
         assert sheet.crop((x, y, x + panel.width, y + panel.height)).tobytes() == panel.tobytes()
-        x += panel.width + visualize.GAP
+        x += panel.width + GAP
 
 
 def test_layers_that_differ_have_a_panel_each_and_equal_ones_share_one(drawn):
@@ -141,8 +88,8 @@ def test_a_patch_is_as_clear_as_the_share_of_heads_that_hold_it(drawn):
     light = patches(pixels(panel), (1, 1))
     canvas = PROCESSOR._draw(image, (1, 1)).float().repeat_interleave(18, 0).repeat_interleave(18, 1)
     full = patches(canvas, (1, 1))
-    dark = torch.tensor(visualize.DARK)[:, None, None]
-    for where, dim in ((1, 1), 0), ((2, 2), visualize.DIM / 2), ((3, 3), visualize.DIM):
+    dark = torch.tensor(view.DARK)[:, None, None]
+    for where, dim in ((1, 1), 0), ((2, 2), view.DIM / 2), ((3, 3), view.DIM):
         assert torch.allclose(light[where], full[where] * (1 - dim) + dark * dim, atol=0.6)
     assert "layer 0: 1.5 kept" in label and any("between: dropped by some" in line for line in drawn[-1])
 
