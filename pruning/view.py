@@ -71,7 +71,7 @@ class View:
         """Every patch in the mean colour of its cluster; outlines, light or dark, where two clusters meet.
         `coords` [n, 4] and `owner` [n] are of all tokens of this image; patches at the coords `dots` [d, 4]
         get a dot."""
-        side, line = self.side, self.line
+        side, line = self.side, min(2, self.line)
         cluster = self.spread(coords, owner.unique(return_inverse=True)[1].float())     # [rows, columns]
         patches = rearrange(self.canvas, "(r h) (c w) k -> (r c) h w k", h=side, w=side).mean((1, 2))
         which = cluster.flatten().long()

@@ -73,7 +73,7 @@ def clusters_map(images: list[Image.Image], processor: ImageProcessor, recorder:
             tokens, sizes = owner.unique(return_counts=True)
             panel = view.paint_clusters(coords[mine], owner, coords[tokens[(sizes > 1) & mine[tokens]]])
             cells.append(cell(panel, f"{view.name}{name}: {len(tokens)} clusters\n"
-                                     f"the largest of {sizes.max()} tokens"))
+                                     f"tokens in the largest: {sizes.max()}"))
         blocks.append(cells)
     sight = torch.isin(coords[:, 0], torch.tensor([view.image for view in views]))
     counts = [len(owner.unique()) for owners in recorder.clusters for owner in owners[:, sight]]
@@ -82,8 +82,8 @@ def clusters_map(images: list[Image.Image], processor: ImageProcessor, recorder:
     mean = ", mean over layers" if len(clusterings) > 1 else ""
     return sheet(blocks, title, [
         f"{real} real image tokens -> {round(kept, 1):g} clusters ({kept / real:.1%}{mean})",
-        "outlined, of one colour: a cluster, patches read as one token; in the mean colour of their pixels",
-        "dot: where this token is; a cluster may have several regions, and at most one has the dot",
+        "a cluster is read as one token; its patches have the mean colour of their pixels, and an outline",
+        "dot: the patch whose position this token keeps; a cluster may have several regions",
         *remarks(views, len(images))])
 
 
