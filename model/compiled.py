@@ -1,10 +1,11 @@
 """The decode step, compiled: the very code of `LlamaVision.decode` as one graph, on a GPU one CUDA graph.
 
 A graph needs its tensors at the same addresses in every step. So the tensors of a cache are copied into
-static buffers, which the next prompt uses again, and a mask says which tokens are real: the graph is the same
-whatever a pruner keeps, in any layer or head. Lengths and the batch size are variables of the graph, so there
-are at most four compilations: with or without an image, for one sequence or for several. A CUDA graph is
-recorded again for every length, so on a GPU the lengths of image keys are rounded up to whole BUCKETs.
+static buffers, which the next prompt uses again; a mask says which tokens are real, and the bias is 0 where
+there is none: the graph is the same whatever a pruner keeps or merges, in any layer or head. Lengths and the
+batch size are variables of the graph, so there are at most four compilations: with or without an image, for
+one sequence or for several. A CUDA graph is recorded again for every length, so on a GPU the lengths of image
+keys are rounded up to whole BUCKETs.
 B batch, G key/value heads, N image tokens, d head width.
 """
 import weakref
@@ -62,8 +63,8 @@ class Compiled:
             sees_image = everywhere if cache.sees_image is None else cache.sees_image
             cache.sees_image = self._buffer("sees image", sees_image)
         for i, kv in enumerate(cache.image_kv):
-            buffers = self.buffers.get(f"image keys {i}"), self.buffers.get(f"image mask {i}")
-            if kv.key is not buffers[0] or kv.mask is not buffers[1]:
+            buffers = [self.buffers.get(f"image {part} {i}") for part in ("keys", "mask", "bias")]
+            if not (kv.key is buffers[0] and kv.mask is buffers[1] and kv.bias is buffers[2]):
                 length = max(2, rounded_up(kv.key.shape[2], self.bucket))       # torch makes no variable of 1
                 cache.image_kv[i] = self._image_buffers(i, kv, length)
 
@@ -71,10 +72,11 @@ class Compiled:
         shape = kv.key.shape[:3]
         mask = kv.key.new_ones(shape, dtype=torch.bool) if kv.mask is None else kv.mask.expand(shape)
         coords = torch.nn.functional.pad(kv.coords, (0, 0, 0, length - shape[2]), value=-1)
-        bias = None if kv.bias is None else self._buffer(f"image bias {layer}", kv.bias.expand(shape), length)
+        bias = kv.key.new_zeros(shape, dtype=torch.float32) if kv.bias is None else kv.bias.expand(shape)
         return ImageKV(self._buffer(f"image keys {layer}", kv.key, length),
                        self._buffer(f"image values {layer}", kv.value, length), coords,
-                       self._buffer(f"image mask {layer}", mask, length), bias)
+                       self._buffer(f"image mask {layer}", mask, length),
+                       self._buffer(f"image bias {layer}", bias, length))
 
     def _buffer(self, name: str, tensor: Tensor, length: int | None = None) -> Tensor:
         """`tensor` [B, ...] or [B, G, N, ...], copied into its buffer with N rounded up to `length`."""

@@ -218,7 +218,8 @@ class CrossAttention(Projections):
     def keys_values(self, image: ImageTokens) -> ImageKV:
         key = self.k_norm(split_heads(self.k_proj(image.features), self.kv_heads))
         value = split_heads(self.v_proj(image.features), self.kv_heads)
-        return ImageKV(key, value, image.coords[:, None], None if image.mask is None else image.mask[:, None])
+        mask, bias = (None if each is None else each[:, None] for each in (image.mask, image.bias))
+        return ImageKV(key, value, image.coords[:, None], mask, bias)
 
     def forward(self, q: Tensor, kv: ImageKV, mask: Tensor | None) -> Tensor:
         return self.o_proj(attend(q, kv.key, kv.value, mask))

@@ -65,6 +65,7 @@ class ImageTokens:
     #                                             token of a tile has patch row and column -1
     mask: Tensor | None = None                  # [B, N] True where there is a token; None: everywhere
     states: EncoderStates | None = None         # of the tokens as they were encoded, where asked for
+    bias: Tensor | None = None                  # [B, N] fp32, added to the scores in every layer; None: 0
 
     def select(self, sequences: list[int]) -> "ImageTokens | None":
         """The images of some sequences, in this order; [0, 0] gives one image to two prompts. None if these
@@ -74,13 +75,15 @@ class ImageTokens:
             return None
         return ImageTokens(self.features[sequences], coords,
                            None if self.mask is None else self.mask[sequences],
-                           None if self.states is None else self.states.select(sequences))
+                           None if self.states is None else self.states.select(sequences),
+                           None if self.bias is None else self.bias[sequences])
 
     def expand(self, batch: int) -> "ImageTokens":
         """The same images for every sequence of a batch, without a copy."""
         return ImageTokens(self.features.expand(batch, -1, -1), self.coords.expand(batch, -1, -1),
                            None if self.mask is None else self.mask.expand(batch, -1),
-                           None if self.states is None else self.states.expand(batch))
+                           None if self.states is None else self.states.expand(batch),
+                           None if self.bias is None else self.bias.expand(batch, -1))
 
     def take(self, kept: Tensor) -> "ImageTokens":
         """The tokens where `kept` [B, N] is True, in their order; the object itself if that is all of them.
@@ -92,7 +95,8 @@ class ImageTokens:
             return self
         order, mask = kept_indices(kept)                                                # [B, n]
         sequence = torch.arange(len(order), device=order.device)[:, None]               # [B, 1]
-        return ImageTokens(self.features[sequence, order], self.coords[sequence, order], mask)
+        return ImageTokens(self.features[sequence, order], self.coords[sequence, order], mask,
+                           bias=None if self.bias is None else self.bias[sequence, order])
 
 
 @dataclass
@@ -102,7 +106,7 @@ class ImageKV:
     value: Tensor                               # [B, G, N, d]
     coords: Tensor                              # [B, K, N, 4] as in ImageTokens
     mask: Tensor | None = None                  # [B, K, N] True where there is a token; None: everywhere
-    bias: Tensor | None = None                  # [B, K, N] fp32, added to the scores in decoding; None: 0
+    bias: Tensor | None = None                  # [B, K, N] fp32, added to the scores; None: 0
 
     def take(self, kept: Tensor) -> "ImageKV":
         """The tokens where `kept` is True, in their order; the object itself if that is all of them.
@@ -124,10 +128,8 @@ class ImageKV:
     def decode_mask(self) -> Tensor | None:
         """[B, K, 1, N] for the one query position of a decode step: where it may look (bool), or what is
         added to its scores if there is a bias."""
-        if self.bias is None:
-            return None if self.mask is None else self.mask[:, :, None]
-        bias = self.bias if self.mask is None else self.bias.masked_fill(~self.mask, -torch.inf)
-        return bias[:, :, None].to(self.key.dtype)
+        mask = None if self.mask is None else self.mask[:, :, None]
+        return mask if self.bias is None else biased(mask, self)
 
     def counts(self) -> Tensor:
         """Tokens of each sequence, [B] fp32; a mean over key/value heads."""
@@ -202,14 +204,23 @@ def visible_tokens(seen: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
     return inside if mask is None else inside & mask[:, :, None]
 
 
-def attention_mask(seen: Tensor, tokens: ImageTokens | ImageKV) -> Tensor | None:
-    """[B, K, T, N] True where a query position attends to a token; None if all of them attend to all.
+def attention_mask(seen: Tensor, kv: ImageKV) -> Tensor | None:
+    """[B, K, T, N] True where a query position attends to a token; None if all of them attend to all. If
+    there is a bias, what is added to the scores: T is 1 where it is the same for all positions.
 
     Positions that see no image get no mask: their softmax has to be finite, though its result is not used.
     """
     sees_image = seen[..., 0] < seen[..., 1]                                            # [B, T]
-    mask = visible_tokens(seen, tokens) | ~sees_image[:, None, :, None]
-    return None if mask.all() else mask
+    mask = visible_tokens(seen, kv) | ~sees_image[:, None, :, None]
+    mask = None if mask.all() else mask
+    return mask if kv.bias is None else biased(mask, kv)
+
+
+def biased(mask: Tensor | None, kv: ImageKV) -> Tensor:
+    """A mask [B, K, T, N] as something to add to the scores: the bias of a token, or -inf where the mask is
+    False."""
+    bias = kv.bias[:, :, None].to(kv.key.dtype)                                         # [B, K, 1, N]
+    return bias if mask is None else torch.where(mask, bias, -torch.inf)
 
 
 # ----- dropping

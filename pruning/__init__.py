@@ -8,6 +8,7 @@ from types import ModuleType
 from pruning.attention import attention_received
 from pruning.methods.aircache import AirCache
 from pruning.methods.attention_predictor import AttentionPredictor
+from pruning.methods.coreset import Coreset
 from pruning.methods.csp import CSP
 from pruning.methods.downsample import Downsample
 from pruning.methods.elastic_cache import ElasticCache
@@ -26,8 +27,8 @@ from pruning.select import top_k_mask
 from weights.messages import one_line, quoted
 
 METHODS = {method.name: method for method in (
-    Pruner, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT, SGL,
-    QueCC, Random, Spatial, Downsample)}
+    Pruner, Coreset, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT,
+    SGL, QueCC, Random, Spatial, Downsample)}
 
 __all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
            "hooks", "load", "options", "top_k_mask"]

@@ -12,7 +12,7 @@ B batch, T text tokens, N image tokens, H query heads, G key/value heads, K = 1 
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, TypeVar
 
 from PIL import Image
 from torch import Tensor
@@ -22,6 +22,8 @@ from model.llama_vision import LlamaVision
 from pruning.options import Options, check_least, check_share
 from pruning.select import top_k_mask
 from weights.images import ImageProcessor
+
+Reduced = TypeVar("Reduced", ImageTokens, ImageKV)
 
 
 @dataclass
@@ -176,12 +178,16 @@ class SelectOnce(Pruner):
         """Which tokens are kept, [B, N] bool. Override it only for a choice that no single score makes."""
         return top_k_mask(self.score(queries, kv), self.keep, image)
 
+    def reduce(self, tokens: Reduced) -> Reduced:
+        """What remains of tokens, or of keys and values. Override it only for a method that merges."""
+        return tokens.take(self.kept)
+
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if i == max(self.full_layers - 1, 0):
             self.kept = self.choose(queries, image, kv)
             if self.when == "prefill":
-                kv = kv if self.full_layers else kv.take(self.kept)
-                image = image.take(self.kept)
+                kv = kv if self.full_layers else self.reduce(kv)
+                image = self.reduce(image)
         return image, kv
 
     def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
@@ -191,9 +197,9 @@ class SelectOnce(Pruner):
         early = image_kv[:self.full_layers]
         late = image_kv[self.full_layers:]
         if self.early_caches == "trim":
-            early = [kv.take(self.kept) for kv in early]
+            early = [self.reduce(kv) for kv in early]
         if self.when != "prefill":
-            late = [kv.take(self.kept) for kv in late]
+            late = [self.reduce(kv) for kv in late]
         return early + late
 
     def __str__(self) -> str:

@@ -8,7 +8,7 @@ Liu et al., "Efficient Inference of Vision Instruction-Following Models with Ela
 so cutting them while text is generated cannot carry over.
 See docs/PAPERS.md.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, Queries
 from pruning.attention import attention_received
+from pruning.merge import merge_kv
 from pruning.pruner import SelectPerLayer
 
 
@@ -44,11 +45,7 @@ class ElasticCache(SelectPerLayer):
         if self.drop or torch.equal(kept, real):                    # then not even a bit changes
             return kv.take(kept)
         owner = nearest(kept[:, 0], kv.coords[:, 0, :, :2 if self.bucket_scope == "tile" else 1])
-        size = bucket_sums(torch.ones_like(kv.key[:, :1, :, :1]), owner, real).clamp(min=1)
-        key = (bucket_sums(kv.key, owner, real) / size).to(kv.key.dtype)
-        value = (bucket_sums(kv.value, owner, real) / size).to(kv.value.dtype)
-        bias = size[..., 0].log() if self.mass_bias else None
-        return replace(kv, key=key, value=value, bias=bias).take(kept)
+        return merge_kv(kv, owner, bias=self.mass_bias)
 
 
 def nearest(anchors: Tensor, coords: Tensor) -> Tensor:
@@ -61,10 +58,3 @@ def nearest(anchors: Tensor, coords: Tensor) -> Tensor:
     far = [(coords != coords.take_along_dim(side[..., None], 1)).cumsum(-1).sum(-1) * N + (at - side).abs()
            + 9 * N * ~anchors.gather(1, side) for side in (before, behind)]
     return torch.where(far[0] <= far[1], before, behind)
-
-
-def bucket_sums(t: Tensor, owner: Tensor, real: Tensor) -> Tensor:
-    """The sums of what is t [B, G, N, d] at the real tokens [B, 1, N] of each owner [B, N], where that is; in
-    fp32."""
-    each = t.float().masked_fill(~real[..., None], 0)               # not times 0: it may hold NaN
-    return torch.zeros_like(each).scatter_add_(2, owner[:, None, :, None].expand_as(each), each)

@@ -1,0 +1,212 @@
+"""Clusters of image tokens whose features are alike: Ward's tree, and two cheaper ways as a comparison.
+
+Ward's tree merges, again and again, the two clusters that add least to the sum of squared distances from
+the tokens to the means of their clusters. The cost never falls from one merge to the next, so one tree can be
+cut to any number of clusters (Ward 1963). A union is never nearer to a third cluster than the nearer of its
+parts was, so clusters that are each other's nearest may merge at once: the tree stays the same (Bruynooghe
+1977, Murtagh 1983), and only clusters whose nearest one has merged look for a new one.
+N tokens, d width of what is compared, C clusters that are left.
+"""
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from model.image_tokens import ImageKV, ImageTokens, each_image
+from pruning.select import refuse_nan
+
+CHUNK_BYTES = 16 * 2 ** 20              # of the costs that are computed at once
+AT_ONCE = 512                           # tokens that are projected at once
+LLOYD = 3                               # rounds of Lloyd's algorithm
+
+
+@dataclass
+class Tree:
+    """All merges, cheapest first: in row m, cluster `gone[m]` became a part of `into[m]` at this `cost`. A
+    cluster is called by the number of one of its tokens; each token goes at most once."""
+    tokens: int
+    into: Tensor                        # [M], N - 1 merges, or fewer if some tokens never merge
+    gone: Tensor                        # [M]
+    cost: Tensor                        # [M] fp32, rising
+
+    @classmethod
+    def of(cls, tokens: int, parts: list[tuple[Tensor, Tensor, Tensor]]) -> "Tree":
+        """From merges in any order that is possible."""
+        into, gone, cost = (torch.cat(part) for part in zip(*parts, strict=True))
+        cost, order = cost.clamp(min=0).sort(stable=True)
+        return cls(tokens, into[order], gone[order], cost)
+
+    def clusters(self, most: int, height: float) -> int:
+        """How many clusters there are after all merges that cost at most `height`, but at most `most`."""
+        return min(most, self.tokens - int((self.cost <= height).sum()))
+
+    def cut(self, clusters: int) -> Tensor:
+        """The token after which the cluster of each token is called, [N]; more clusters where not all tokens
+        may merge."""
+        merges = self.tokens - clusters
+        parent = torch.arange(self.tokens, device=self.into.device)
+        parent[self.gone[:merges]] = self.into[:merges]
+        while not torch.equal(parent, above := parent[parent]):
+            parent = above
+        return parent
+
+
+def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
+    """Ward's tree of tokens x [N, d], which count by their `weight` [N] > 0 in means and costs.
+
+    Raises ValueError if x is not finite.
+    """
+    x = x.float() - x.float().mean(0)           # so that little is lost in the squares
+    refuse_nan(x)
+    weight = torch.ones_like(x[:, 0]) if weight is None else weight.float()
+    into, gone, cost = same(x)
+    name = torch.arange(len(x), device=x.device)
+    mean, size = x.clone(), weight.clone()
+    if len(gone):
+        size.index_add_(0, into, weight[gone])
+        name, mean, size = (t[~torch.isin(name, gone)] for t in (name, mean, size))
+    merges = [(into, gone, cost)]
+    best, near = nearest(mean, size, torch.arange(len(name), device=x.device))
+    while len(name) > 1:
+        here = torch.arange(len(name), device=x.device)
+        a = ((near[near] == here) & (here < near)).nonzero()[:, 0]
+        if not len(a):                          # equal costs in a circle, by rounding: one pair will do
+            a = torch.minimum(here, near)[best.argmin()][None]
+            near[a] = torch.maximum(here, near)[best.argmin()]
+        b = near[a]
+        merges.append((name[a], name[b], best[a]))
+        both = size[a] + size[b]
+        mean[a] = (size[a, None] * mean[a] + size[b, None] * mean[b]) / both[:, None]
+        size[a] = both
+        merged = torch.zeros_like(here, dtype=torch.bool)
+        merged[a] = merged[b] = True
+        stale = merged | merged[near]
+        left = torch.ones_like(merged)
+        left[b] = False
+        name, mean, size, best, near, stale = (t[left] for t in (name, mean, size, best, near, stale))
+        near = (left.cumsum(0) - 1)[near]
+        rows = stale.nonzero()[:, 0]
+        if len(name) > 1:
+            best[rows], near[rows] = nearest(mean, size, rows)
+    return Tree.of(len(x), merges)
+
+
+def forest(x: Tensor, weight: Tensor, parts: Tensor) -> Tree:
+    """The trees of the tokens in each of the `parts` [N], a number for each token, as one."""
+    merges = []
+    for part in parts.unique():
+        own = (parts == part).nonzero()[:, 0]
+        tree = ward(x[own], weight[own])
+        merges.append((own[tree.into], own[tree.gone], tree.cost))
+    return Tree.of(len(x), merges)
+
+
+def same(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Merges of cost 0: every token [N, d] into the first one that equals it."""
+    _, group = x.unique(dim=0, return_inverse=True)
+    here = torch.arange(len(x), device=x.device)
+    first = torch.full_like(here, len(x)).scatter_reduce_(0, group, here, "amin")[group]
+    gone = (first != here).nonzero()[:, 0]
+    return first[gone], gone, torch.zeros_like(x[gone, 0])
+
+
+def nearest(mean: Tensor, size: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some clusters, the cost of their cheapest merge and the other cluster: two of [rows].
+
+    cost = size A · size B / (size A + size B) · |mean A - mean B|²
+    """
+    square = mean.square().sum(-1)                                                      # [C]
+    found = []
+    for part in rows.split(max(1, CHUNK_BYTES // (4 * len(mean)))):
+        cost = torch.addmm(square, mean[part], mean.T, alpha=-2)                        # [part, C]
+        cost += square[part, None]
+        cost *= size / (size + size[part, None])
+        cost.scatter_(1, part[:, None], torch.inf)
+        found.append(cost.min(1))
+    best, near = (torch.cat(part) for part in zip(*found, strict=True))
+    return best * size[rows], near
+
+
+def project(x: Tensor, width: int) -> Tensor:
+    """x [N, d] in fp32, in a random projection to `width` dimensions, the same each time, if it is wider.
+
+    Distances are kept on average (Johnson and Lindenstrauss 1984). With 0 it stays as it is.
+    """
+    if not 0 < width < x.shape[1]:
+        return x.float()
+    matrix = torch.randn(x.shape[1], width, generator=torch.Generator().manual_seed(0)) * width ** -0.5
+    return torch.cat([part.float() @ matrix.to(x.device) for part in x.split(AT_ONCE)])
+
+
+def joined(kv: ImageKV) -> Tensor:
+    """Keys and values side by side, both of the same mean square in each head: [B, G, N, 2 d] fp32."""
+    parts = [t.float() for t in (kv.key, kv.value)]
+    return torch.cat([t / t.square().mean((2, 3), keepdim=True).sqrt() for t in parts], -1)
+
+
+def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,
+           cluster: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """The token that stands for each one, as `merge_tokens` and `merge_kv` take it, like x without d.
+
+    x [B, N, d] or [B, G, N, d] is what is compared. `cluster(x, weight, tile)` is asked about the n tokens of
+    one image in one set, and answers with the number of one of them for each [n].
+    """
+    sets = x if x.ndim == 4 else x[:, None]
+    owner = torch.arange(x.shape[-2], device=x.device).repeat(*sets.shape[:2], 1)       # [B, G or 1, N]
+    coords = tokens.coords if tokens.coords.ndim == 3 else tokens.coords[:, 0]
+    for there in each_image(tokens):
+        there = there if there.ndim == 2 else there[:, 0]
+        for b in there.any(1).nonzero()[:, 0].tolist():
+            own = there[b].nonzero()[:, 0]
+            for g in range(sets.shape[1]):
+                owner[b, g, own] = own[cluster(sets[b, g, own], weight[b, own], coords[b, own, 1])]
+    return owner.view(x.shape[:-1])
+
+
+# ----- without a tree
+
+
+def spaced(x: Tensor, clusters: int) -> Tensor:
+    """Every n-th token stays, and each of the others x [N, d] goes to the nearest of these, [N]."""
+    rank = torch.arange(len(x), device=x.device)
+    centres = (rank * clusters % len(x) < clusters).nonzero()[:, 0]
+    owner = centres[closest(x, x[centres])]
+    owner[centres] = centres                    # equal tokens may be nearer to another one
+    return owner
+
+
+def k_centre(x: Tensor, clusters: int) -> Tensor:
+    """The tokens x [N, d] that are farthest from those before, then rounds of Lloyd's algorithm: the number
+    of one token of its cluster for each, [N]. A cluster that loses all its tokens is left out."""
+    x = x.float()
+    refuse_nan(x)
+    centres = [(x - x.mean(0)).square().sum(-1).argmin()]
+    distance = torch.full_like(x[:, 0], torch.inf)
+    for _ in range(clusters - 1):
+        distance = torch.minimum(distance, (x - x[centres[-1]]).square().sum(-1))
+        centres.append(distance.argmax())
+    mean = x[torch.stack(centres)]
+    for _ in range(LLOYD):
+        group = closest(x, mean)
+        count = torch.bincount(group, minlength=clusters)[:, None]
+        mean = torch.where(count > 0, torch.zeros_like(mean).index_add_(0, group, x) / count, mean)
+    group = closest(x, mean)
+    here = torch.arange(len(x), device=x.device)
+    return torch.full_like(here, len(x)).scatter_reduce_(0, group, here, "amin")[group]
+
+
+def closest(x: Tensor, centres: Tensor) -> Tensor:
+    """The nearest of the centres [C, d] to each token x [N, d]: [N]."""
+    return torch.addmm(centres.square().sum(-1), x, centres.T, alpha=-2).argmin(1)
+
+
+def central(x: Tensor, owner: Tensor) -> Tensor:
+    """The same clusters, called after the token that is nearest to the mean: `owner` [N] -> [N]."""
+    here = torch.arange(len(x), device=x.device)
+    count = torch.bincount(owner, minlength=len(x)).clamp(min=1)[:, None]
+    mean = torch.zeros_like(x).index_add_(0, owner, x) / count
+    distance = (x - mean[owner]).square().sum(-1)
+    least = torch.full_like(distance, torch.inf).scatter_reduce_(0, owner, distance, "amin")
+    best = torch.where(distance == least[owner], here, len(x))
+    return torch.full_like(here, len(x)).scatter_reduce_(0, owner, best, "amin")[owner]
