@@ -7,13 +7,11 @@ parts was, so clusters that are each other's nearest may merge at once: the tree
 1977, Murtagh 1983), and only clusters whose nearest one has merged look for a new one.
 N tokens, d width of what is compared, C clusters that are left.
 """
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV, ImageTokens, each_image
 from pruning.select import refuse_nan
 
 CHUNK_BYTES = 16 * 2 ** 20              # of the costs that are computed at once
@@ -137,31 +135,6 @@ def project(x: Tensor, width: int) -> Tensor:
         return x.float()
     matrix = torch.randn(x.shape[1], width, generator=torch.Generator().manual_seed(0)) * width ** -0.5
     return torch.cat([part.float() @ matrix.to(x.device) for part in x.split(AT_ONCE)])
-
-
-def joined(kv: ImageKV) -> Tensor:
-    """Keys and values side by side, both of the same mean square in each head: [B, G, N, 2 d] fp32."""
-    parts = [t.float() for t in (kv.key, kv.value)]
-    return torch.cat([t / t.square().mean((2, 3), keepdim=True).sqrt() for t in parts], -1)
-
-
-def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,
-           cluster: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-    """The token that stands for each one, as `merge_tokens` and `merge_kv` take it, like x without d.
-
-    x [B, N, d] or [B, G, N, d] is what is compared. `cluster(x, weight, tile)` is asked about the n tokens of
-    one image in one set, and answers with the number of one of them for each [n].
-    """
-    sets = x if x.ndim == 4 else x[:, None]
-    owner = torch.arange(x.shape[-2], device=x.device).repeat(*sets.shape[:2], 1)       # [B, G or 1, N]
-    coords = tokens.coords if tokens.coords.ndim == 3 else tokens.coords[:, 0]
-    for there in each_image(tokens):
-        there = there if there.ndim == 2 else there[:, 0]
-        for b in there.any(1).nonzero()[:, 0].tolist():
-            own = there[b].nonzero()[:, 0]
-            for g in range(sets.shape[1]):
-                owner[b, g, own] = own[cluster(sets[b, g, own], weight[b, own], coords[b, own, 1])]
-    return owner.view(x.shape[:-1])
 
 
 # ----- without a tree

@@ -4,12 +4,13 @@ A mean may count for as many tokens as it stands for: with ln of their number ad
 over the means equals attention over the list in which each mean is repeated that often.
 B batch, N image tokens, n of them stay, G key/value heads, K = 1 or G sets of tokens, D model width.
 """
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV, ImageTokens
+from model.image_tokens import ImageKV, ImageTokens, each_image
 
 AT_ONCE = 512               # tokens that are read in fp32 at a time
 TINY = 1e-9                 # a weight that no cluster has
@@ -74,3 +75,31 @@ class Clusters:
     def sum(self, x: Tensor) -> Tensor:
         """The sum of x [B, K, N] over each cluster, [B, K, n]."""
         return x.new_zeros(*x.shape[:2], self.number).scatter_add_(2, self.index, x)
+
+
+# ----- which tokens are merged
+
+
+def joined(kv: ImageKV) -> Tensor:
+    """Keys and values side by side, both of the same mean square in each head: [B, G, N, 2 d] fp32."""
+    parts = [t.float() for t in (kv.key, kv.value)]
+    return torch.cat([t / t.square().mean((2, 3), keepdim=True).sqrt() for t in parts], -1)
+
+
+def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,
+           cluster: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """The token that stands for each one, as `merge_tokens` and `merge_kv` take it, like x without d.
+
+    x [B, N, d] or [B, G, N, d] is what is compared. `cluster(x, weight, tile)` is asked about the n tokens of
+    one image in one set, and answers with the number of one of them for each [n].
+    """
+    sets = x if x.ndim == 4 else x[:, None]
+    owner = torch.arange(x.shape[-2], device=x.device).repeat(*sets.shape[:2], 1)       # [B, G or 1, N]
+    coords = tokens.coords if tokens.coords.ndim == 3 else tokens.coords[:, 0]
+    for there in each_image(tokens):
+        there = there if there.ndim == 2 else there[:, 0]
+        for b in there.any(1).nonzero()[:, 0].tolist():
+            own = there[b].nonzero()[:, 0]
+            for g in range(sets.shape[1]):
+                owner[b, g, own] = own[cluster(sets[b, g, own], weight[b, own], coords[b, own, 1])]
+    return owner.view(x.shape[:-1])

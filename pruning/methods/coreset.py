@@ -5,7 +5,7 @@
 Image keys carry no position, so a head reads a set of keys and values, and a smaller weighted set can stand
 for it. A token counts in means and costs 1 - question + question · its attention from the prompt, over the
 mean. Merging with ln of the size in the scores is ToMe's; clusters cut from Ward's tree and weights are ours.
-See docs/CORESET.md.
+See docs/CORESET.md and docs/PAPERS.md.
 """
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -15,8 +15,8 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
 from pruning.attention import attention_received
-from pruning.clusters import Tree, central, forest, joined, k_centre, owners, project, spaced
-from pruning.merge import merge_kv, merge_tokens
+from pruning.clusters import Tree, central, forest, k_centre, project, spaced
+from pruning.merge import joined, merge_kv, merge_tokens, owners
 from pruning.options import check_least
 from pruning.pruner import Reduced, SelectOnce
 from pruning.select import num_kept
@@ -103,8 +103,7 @@ class Coreset(SelectOnce):
             return spaced(x, n) if self.clusters == "spaced" else k_centre(x, n)
         tree = self.tree(torch.cat((x, weight[:, None], tile[:, None] * (self.within == "tile")), 1))
         if self.height:
-            spread = (x - x.mean(0)).square().sum(-1).mean()
-            n = tree.clusters(n, self.height * float(spread))
+            n = tree.clusters(n, self.height * float(x.var(0, correction=0).sum()))
         return central(x, tree.cut(n))
 
     def tree(self, tokens: Tensor) -> Tree:

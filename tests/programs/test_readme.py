@@ -113,7 +113,7 @@ def test_the_table_of_costs_is_that_of_the_stored_measurements():
     _, *lines = rows_of(MEASURED, "method | tiny: prefill")
     both = [stored(f"benchmarks/results/cpu-{name}-methods.json")["methods"]
             for name in ("tiny", "11b-slice")]
-    assert [line[0] for line in lines] == [row["method"] for row in both[0]] == list(METHODS)
+    assert [line[0] for line in lines] == [row["method"] for row in both[0]]
     for line, *rows in zip(lines, *both, strict=True):
         cells = []
         for row, (whole, *_) in zip(rows, both, strict=True):
