@@ -14,7 +14,7 @@ from pruning.recorder import Recorder
 
 PROMPT = [5, 6, I, 7, 8, 9]
 OVERRIDDEN = {
-    "none": [], "trimmed_llama": ["layer", "prefilled"],
+    "none": [], "coreset": ["encoded", "layer", "prefilled"], "trimmed_llama": ["layer", "prefilled"],
     "fastv": ["encoded", "layer", "prefilled", "stepped"], "elastic_cache": ["layer", "prefilled"],
     "csp": ["encoded", "layer", "prefilled"], "aircache": ["begin", "layer", "prefilled"],
     "zipvl": ["layer", "prefilled"], "topv": ["encoded"],
