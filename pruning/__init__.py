@@ -8,8 +8,10 @@ from types import ModuleType
 from pruning.attention import attention_received
 from pruning.methods.aircache import AirCache
 from pruning.methods.attention_predictor import AttentionPredictor
+from pruning.methods.cdpruner import CDPruner
 from pruning.methods.coreset import Coreset
 from pruning.methods.csp import CSP
+from pruning.methods.divprune import DivPrune
 from pruning.methods.downsample import Downsample
 from pruning.methods.elastic_cache import ElasticCache
 from pruning.methods.fastv import FastV
@@ -28,7 +30,7 @@ from weights.messages import one_line, quoted
 
 METHODS = {method.name: method for method in (
     Pruner, Coreset, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT,
-    SGL, QueCC, Random, Spatial, Downsample)}
+    SGL, QueCC, DivPrune, CDPruner, Random, Spatial, Downsample)}
 
 __all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
            "hooks", "load", "options", "top_k_mask"]

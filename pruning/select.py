@@ -6,6 +6,7 @@ rounded once, over all sets together, so that the sum is exact.
 B batch, N image tokens, K = 1 or G sets of tokens, C layers.
 """
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -45,6 +46,15 @@ def top_k_mask(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV)
         room = n - above.sum(-1, keepdim=True)
         kept |= there & (above | (equal & (equal.cumsum(-1) <= room)))
     return kept
+
+
+def each_budget(image: ImageTokens, keep: float | int) -> Iterator[tuple[int, Tensor, int]]:
+    """For one image of one sequence after the other: the sequence, the indices of the image's tokens [n], and
+    how many of them to keep."""
+    for there in each_image(image):
+        for b in there.any(-1).nonzero()[:, 0].tolist():
+            tokens = there[b].nonzero()[:, 0]
+            yield b, tokens, int(num_kept(keep, torch.tensor(len(tokens))))
 
 
 def refuse_nan(scores: Tensor):
