@@ -44,9 +44,9 @@ class CDPruner(SelectOnce):
         if self.relevance == "attention":
             received = attention_received(queries, kv, per="layer")                     # [B, N]
         for b, tokens, n in each_budget(image, self.keep):
-            unit = F.normalize(image.features[b, tokens].float(), dim=-1)               # [n, D]
+            unit = F.normalize(image.features[b, tokens].float(), dim=-1)               # [tokens, D]
             if self.relevance == "attention":
-                relevance = received[b, tokens]
+                relevance = received[b, tokens]                                         # [tokens]
             else:
                 relevance = unit @ direction(queries, b, image.coords[b, tokens[:1], 0])
             kept[b, tokens] = most_volume(unit, weights(relevance, self.theta), n)
@@ -64,8 +64,8 @@ def weights(relevance: Tensor, theta: float | None) -> Tensor:
     """w [N], up to a factor, of the relevance [N], which is stretched to 0 to 1; all 1 if it is equal."""
     refuse_nan(relevance)
     above = relevance - relevance.min()
-    stretched = above / above.max() + LEAST if above.any() else torch.ones_like(above)
-    return stretched if theta is None else (theta / (2 - 2 * theta) * (stretched - 1)).exp()
+    stretched = above / above.max() if above.any() else torch.ones_like(above)
+    return stretched + LEAST if theta is None else (theta / (2 - 2 * theta) * (stretched - 1)).exp()
 
 
 def most_volume(unit: Tensor, weight: Tensor, n: int) -> Tensor:
@@ -75,7 +75,7 @@ def most_volume(unit: Tensor, weight: Tensor, n: int) -> Tensor:
     feature from the span of those kept: 1 less the squares of its column in the rows of a Cholesky factor.
     Where nothing is left, the weight [N] decides alone.
     """
-    left = torch.ones_like(weight)                                                   # [N]
+    left = torch.ones_like(weight)                                                      # [N]
     rows = unit.new_zeros(n, len(unit))
     kept = torch.zeros_like(weight, dtype=torch.bool)
     for step in range(n):
