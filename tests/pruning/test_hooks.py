@@ -21,6 +21,7 @@ OVERRIDDEN = {
     "attention_predictor": ["layer", "prefilled", "stepped"],
     "mint": ["begin", "layer", "prefilled", "stepped", "logits", "around"],
     "sgl": ["begin", "encoded", "layer", "prefilled", "around"], "quecc": ["begin", "encoded"],
+    "divprune": ["layer", "prefilled"], "cdpruner": ["layer", "prefilled"],
     "random": ["encoded", "layer", "prefilled"], "spatial": ["layer", "prefilled"],
     "downsample": ["preprocess"]}
 

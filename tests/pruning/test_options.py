@@ -40,7 +40,7 @@ def test_what_is_unknown_gets_one_line(method, settings, parts):
 
 
 BAD_VALUES = [int(1e25), 10 ** 401, math.nan, math.inf, -1, "x", None]
-ALLOWED = {"seed": [-1], "guide": ["x"], "threshold": [-1, None], "budget": [None]}     # for these options
+ALLOWED = {"seed": [-1], "guide": ["x"], "threshold": [-1, None], "budget": [None], "theta": [None]}
 OPTIONS = [(method, field.name) for method in METHODS for field in fields(METHODS[method])]
 
 

@@ -12,6 +12,7 @@ from pruning.select import (
     allocate,
     allocated,
     budget,
+    each_budget,
     highest,
     missing,
     normalised,
@@ -60,6 +61,16 @@ def test_top_k_mask(scores, keep, which, kept):
 def test_num_kept(keep, tokens, expected):
     """Half up, also where the fraction in floating point lies a little below."""
     assert num_kept(keep, torch.tensor([tokens, tokens])).tolist() == [expected] * 2
+
+
+def test_each_budget():
+    """Images 0 and 1 with padding between them, no image, and one image: each that is there has its own."""
+    parts = [image_of([1, 0, 0, -1, 1, 0]), image_of([-1] * 6), image_of([1, 1, -1, -1, -1, -1])]
+    image = ImageTokens(*(torch.cat([getattr(part, name) for part in parts])
+                          for name in ("features", "coords", "mask")))
+    found = [(b, tokens.tolist(), n) for b, tokens, n in each_budget(image, 0.5)]
+    assert found == [(0, [1, 2, 5], 2), (0, [0, 4], 1), (2, [0, 1], 1)]
+    assert [n for _, _, n in each_budget(image, 2)] == [2, 2, 2]
 
 
 def test_scores_that_are_not_numbers_are_refused():
