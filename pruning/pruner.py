@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeVar
 
+import torch
 from PIL import Image
 from torch import Tensor
 
@@ -179,7 +180,8 @@ class SelectOnce(Pruner):
         return top_k_mask(self.score(queries, kv), self.keep, image)
 
     def reduce(self, tokens: Reduced) -> Reduced:
-        """What remains of tokens, or of keys and values. Override it only for a method that merges."""
+        """What remains of tokens, or of keys and values. Override it only for a method that merges: then
+        `choose` returns the index of the token that stands for each, [B, N] int64."""
         return tokens.take(self.kept)
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
@@ -200,6 +202,10 @@ class SelectOnce(Pruner):
             early = [self.reduce(kv) for kv in early]
         if self.when != "prefill":
             late = [self.reduce(kv) for kv in late]
+        if self.merges:
+            full = len(early) if self.early_caches == "full" else 0
+            themselves = torch.arange(self.kept.shape[1], device=self.kept.device).expand_as(self.kept)
+            self.owners = [themselves] * full + [self.kept] * (len(image_kv) - full)
         return early + late
 
     def __str__(self) -> str:

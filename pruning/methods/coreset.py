@@ -90,7 +90,8 @@ class Coreset(SelectOnce):
     def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
         if self.when == "prefill" or self.space == "features":
             return super().prefilled(image_kv)
-        sets = [owners(kv, joined(kv), self.weight, self.cluster) for kv in image_kv]   # [B, G, N] each
+        # [B, G, N] each
+        sets = self.owners = [owners(kv, joined(kv), self.weight, self.cluster) for kv in image_kv]
         return [merge_kv(kv, owner, self.weight, self.bias) for kv, owner in zip(image_kv, sets, strict=True)]
 
     def cluster(self, x: Tensor, weight: Tensor, tile: Tensor) -> Tensor:

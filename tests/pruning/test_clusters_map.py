@@ -5,15 +5,16 @@ from typing import ClassVar
 
 import pytest
 import torch
+from helpers import I, batch_of, random_image, small_network
 from map_helpers import PROCESSOR, SIZES, P, kv, noisy_image, pixels, recorded, tokens
 from PIL import Image
 from torch import Tensor
 
-from generate import Assistant
+from generate import Assistant, generate
 from model.image_tokens import Grid, ImageTokens
 from pruning import Pruner, load
 from pruning.recorder import Recorder
-from pruning.view import BORDER, DARK, OUTLINE
+from pruning.view import BORDER, DARK, OUTLINE, coords_of
 from pruning.visualize import kept_map
 from weights.image_file import open_image
 from weights.tokenizer import messages
@@ -222,6 +223,29 @@ def test_the_owners_of_sequence_0_are_indices_without_its_padding(heads):
     found = recorder.clusters[0]
     assert found.shape == (max(heads, 1), len(real))
     assert [real[i] for i in found[0].tolist()] == [int(owner[i]) for i in real]
+
+
+CORESETS = {"blind": {"question": 0.0}, "asked": {}, "first layer whole": {"full_layers": 1},
+            "first cache whole": {"full_layers": 1, "early_caches": "full"}, "boundary": {"when": "boundary"},
+            "each layer and head": {"when": "boundary", "space": "keys_values"}}
+
+
+@pytest.mark.parametrize("options", CORESETS.values(), ids=CORESETS)
+def test_the_owners_of_coreset_are_the_tokens_that_its_layers_hold(options):
+    """In every layer and head, for a sequence with padding and one without."""
+    network, prompts = small_network(1, 2, 3), [[5, 6, I, 7, 8, 9], [5, I, I, 6, 7]]
+    image = batch_of(random_image(11), random_image(9, 10, seed=1))
+    for order in [0, 1], [1, 0]:
+        recorder = Recorder(load("coreset", keep=0.3, **options))
+        generate(network, [prompts[b] for b in order], image.select(order), 2, (), pruner=recorder)
+        coords = coords_of(recorder.image)[0]
+        assert len(recorder.clusters) == len(recorder.image_kv) == 3
+        for owners, held in zip(recorder.clusters, recorder.image_kv, strict=True):
+            sets = coords_of(held)
+            assert owners.shape == (len(sets), len(coords))
+            for owner, there in zip(owners, sets, strict=True):
+                assert torch.equal(coords[owner.unique()], there)
+                assert torch.equal(owner[owner], owner) and len(there) <= len(coords)
 
 
 class Squares(Pruner):
