@@ -1,11 +1,11 @@
 """PruMerge: keep what the encoder's class tokens attend to most, each token merged with those most like it.
 
-    a[j] = attention that class tokens give to token j      kept: the highest a[j], and patches evenly spread
+    a[j] = attention that class tokens give to token j      kept: the highest a[j], and patches evenly spaced
     y[i] = (y[i] + sum of a[j] · y[j]) / (1 + sum of a[j])  over the `neighbours` j with the most similar keys
 
-Shang et al., "LLaVA-PruMerge", ICCV 2025, arXiv 2403.15388. With `keep` none, the highest a[j] are those
-above Q3 + 1.5 · (Q3 - Q1). Ours: the encoder's last global layer is asked, all tiles of an image share a
-budget, the denominator, and no patch is chosen twice.
+Shang et al., "LLaVA-PruMerge", ICCV 2025, arXiv 2403.15388. With a `threshold` of 1.5 as many of the highest
+are kept as lie above Q3 + 1.5 · (Q3 - Q1). Ours: the encoder's last global layer is asked, all tiles of an
+image share a budget, the denominator, and no patch is chosen twice.
 See docs/PAPERS.md.
 """
 from dataclasses import dataclass, replace
@@ -25,8 +25,9 @@ from pruning.select import num_kept
 @dataclass
 class PruMerge(Pruner):
     """Keeps what the encoder's class tokens attend to most, each token merged with those most like it."""
-    keep: float | int | None = 0.25                 # none: as many as stand out
-    spread: float = 0.5                             # of the kept tokens, those that are evenly spread
+    keep: float | int = 0.25
+    threshold: float | None = None                  # keep what stands out by so many quartile distances
+    spread: float = 0.5                             # share of the kept tokens that is evenly spaced
     neighbours: int = 32                            # that a kept token is merged with
     paper = "Shang et al. 2024, arXiv 2403.15388"
     keep_states = True
@@ -37,6 +38,10 @@ class PruMerge(Pruner):
         check_least(self, spread=0, neighbours=0)
         if self.spread >= 1:
             raise ValueError(f"{self.name}: spread is {self.spread}, but must be below 1")
+
+    @property
+    def keeps_all(self) -> bool:
+        return super().keeps_all and self.threshold is None
 
     def begin(self, model: LlamaVision):
         self.encoder_layer = model.vision_model.global_transformer.layers[-1]
@@ -58,12 +63,11 @@ class PruMerge(Pruner):
         """The tokens of one image that are kept, as their indices; class tokens only if no patch is left."""
         patches = received[~is_class]
         P = len(patches)
-        if self.keep is None:
+        n = int(num_kept(self.keep, torch.tensor(len(received))))
+        if self.threshold is not None:
             lower, upper = patches.quantile(0.25), patches.quantile(0.75)
-            most = int((patches > upper + 1.5 * (upper - lower)).sum().clamp(min=1))
+            most = int((patches > upper + self.threshold * (upper - lower)).sum().clamp(min=1))
             n = min(round(most / (1 - self.spread)), P)
-        else:
-            n = int(num_kept(self.keep, torch.tensor(len(received))))
         order = received.masked_fill(is_class, -1).argsort(descending=True, stable=True)
         most = min(n - int(n * self.spread), P)
         rest = order[most:P].sort().values

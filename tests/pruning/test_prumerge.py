@@ -48,9 +48,9 @@ def percentile(values: list[float], share: float) -> float:
 def chosen_by_hand(options: PruMerge, received: list[float], patches: list[int]) -> list[int]:
     """The tokens of one image that stay."""
     of_patches = [received[t] for t in patches]
-    if options.keep is None:
+    if options.threshold is not None:
         lower, upper = percentile(of_patches, 0.25), percentile(of_patches, 0.75)
-        most = max(1, sum(value > upper + 1.5 * (upper - lower) for value in of_patches))
+        most = max(1, sum(value > upper + options.threshold * (upper - lower) for value in of_patches))
         left = min(len(patches), round(most / (1 - options.spread)))
     else:
         left = half_up(options.keep, len(received))
@@ -84,14 +84,16 @@ VARIANTS = [{}, {"spread": 0.0}, {"spread": 0.75, "neighbours": 3}, {"neighbours
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
 @pytest.mark.parametrize("grids", GRIDS)
 def test_the_definition(grids, options):
-    for seed, keep in enumerate((0.05, 0.25, 0.5, 0.95, 1, 7, None)):
-        image = random_images(*grids, seed=seed)
-        left, expected = merged(image, keep=keep, **options), {}
+    settings = [{"keep": keep} for keep in (0.05, 0.25, 0.5, 0.95, 1, 7)]
+    for seed, setting in enumerate([*settings, {"threshold": 1.5}, {"threshold": 0}, {"threshold": -3.0}]):
+        image, pruner = random_images(*grids, seed=seed), PruMerge(**setting, **options)
+        pruner.begin(small_network(NETWORK))
+        left, expected = pruner.encoded(image, PROMPTS), {}
         for i in range(len(grids)):
             tokens, class_tokens = token_lists(image, i)
-            new = by_hand(PruMerge(keep, **options), image.states.entering[0, tokens],
-                          image.features[0, tokens].double(), class_tokens)
-            assert keep is None or len(new) == half_up(keep, len(tokens))
+            new = by_hand(pruner, image.states.entering[0, tokens], image.features[0, tokens].double(),
+                          class_tokens)
+            assert "threshold" in setting or len(new) == half_up(pruner.keep, len(tokens))
             expected |= {tokens[t]: feature for t, feature in new.items()}
         assert left.coords[0].tolist() == [image.coords[0, t].tolist() for t in sorted(expected)]
         close(left.features[0].double(), torch.stack([expected[t] for t in sorted(expected)]))
@@ -110,11 +112,11 @@ def chosen(received: list[float], class_tokens: int = 1, **options) -> list[int]
 def test_what_stands_out_is_kept():
     """As many as lie above the upper quartile by more than 1.5 times the distance of the quartiles."""
     received = [9.0, 1.0, 2.0, 1.5, 8.0, 1.2, 1.8, 7.0, 1.1, 1.9, 1.4, 1.6, 1.7]
-    assert chosen(received, keep=None, spread=0.0) == [4, 7]
-    found = chosen(received, keep=None, spread=0.75)
+    assert chosen(received, threshold=1.5, spread=0.0) == [4, 7]
+    found = chosen(received, threshold=1.5, spread=0.75)
     assert found[:2] == [4, 7] and found[2:] == [1, 3, 6, 8, 10, 12] and len(found) == 8
-    assert chosen([9.0] + [1.0] * 12, keep=None, spread=0.0) == [1]         # nothing does: at least one
-    assert str(PruMerge(None)) == "prumerge" and not PruMerge(None).keeps_all
+    assert chosen([9.0] + [1.0] * 12, threshold=1.5, spread=0.0) == [1]         # nothing does: at least one
+    assert not PruMerge(1.0, threshold=1.5).keeps_all
 
 
 def test_class_tokens_only_ask():
@@ -136,10 +138,10 @@ def test_the_spread_is_even():
 
 def test_each_image_is_merged_by_itself():
     image = random_images((1, 2), (2, 2), (1, 1))
-    for keep in 0.4, None:
-        left = merged(image, keep=keep)
+    for options in {"keep": 0.4}, {"threshold": 0.0}:
+        left = merged(image, **options)
         for i in range(3):
-            single = merged(one_image(image, i), keep=keep)
+            single = merged(one_image(image, i), **options)
             close(left.features[0, left.coords[0, :, 0] == i], single.features[0])
 
 
