@@ -62,18 +62,16 @@ class PruMerge(Pruner):
     def choose(self, received: Tensor, is_class: Tensor) -> Tensor:
         """The tokens of one image that are kept, as their indices; class tokens only if no patch is left."""
         patches = received[~is_class]
-        P = len(patches)
         n = int(num_kept(self.keep, torch.tensor(len(received))))
         if self.threshold is not None:
             lower, upper = patches.quantile(0.25), patches.quantile(0.75)
             most = int((patches > upper + self.threshold * (upper - lower)).sum().clamp(min=1))
-            n = min(round(most / (1 - self.spread)), P)
+            n = min(round(most / (1 - self.spread)), len(patches))
         order = received.masked_fill(is_class, -1).argsort(descending=True, stable=True)
-        most = min(n - int(n * self.spread), P)
-        rest = order[most:P].sort().values
-        spread = min(n, P) - most
-        even = (torch.arange(spread, device=rest.device) * len(rest) + len(rest) // 2) // max(spread, 1)
-        return torch.cat((order[:most], rest[even], order[P:n]))
+        most = n - int(n * self.spread)
+        rest = order[most:max(n, len(patches))].sort().values
+        even = (torch.arange(n - most, device=rest.device) * len(rest) + len(rest) // 2) // max(n - most, 1)
+        return torch.cat((order[:most], rest[even]))
 
 
 def merging_weights(received: Tensor, key: Tensor, chosen: Tensor, neighbours: int) -> Tensor:
