@@ -23,6 +23,7 @@ OVERRIDDEN = {
     "sgl": ["begin", "encoded", "layer", "prefilled", "around"], "quecc": ["begin", "encoded"],
     "divprune": ["layer", "prefilled"], "cdpruner": ["layer", "prefilled"],
     "visionzip": ["begin", "encoded"], "prumerge": ["begin", "encoded"],
+    "tome": ["encoded"], "scope": ["begin", "layer", "prefilled"],
     "random": ["encoded", "layer", "prefilled"], "spatial": ["layer", "prefilled"],
     "downsample": ["preprocess"]}
 
