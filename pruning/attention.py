@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV, Queries, visible_tokens
+from model.image_tokens import ImageKV, ImageTokens, Queries, each_image, visible_tokens
 
 CHUNK_BYTES = 32 * 2 ** 20          # of the weights that are made at once
 
@@ -43,6 +43,16 @@ def attention_received(queries: Queries, kv: ImageKV, positions: Literal["all", 
     if per == "head":
         return received
     return received.mean(1) if per == "layer" else received.unflatten(1, (kv.key.shape[1], -1)).mean(2)
+
+
+def over_mean(received: Tensor, image: ImageTokens) -> Tensor:
+    """What each token receives [B, N] over the mean in its image; 1 for an image that receives nothing, and
+    at padding."""
+    over = torch.ones_like(received)
+    for there in each_image(image):
+        mean = (received * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True)   # [B, 1]
+        over = torch.where(there & (mean > 0), received / mean, over)
+    return over
 
 
 def attention_weights(queries: Queries, kv: ImageKV, b: int, asked: Tensor,

@@ -16,6 +16,8 @@ from pruning.select import refuse_nan
 
 CHUNK_BYTES = 16 * 2 ** 20              # of the costs that are computed at once
 AT_ONCE = 512                           # tokens that are projected at once
+ROUNDING = 1e-6                         # of the squares of two tokens, in their squared distance
+REMEMBERED = 16                         # trees
 LLOYD = 3                               # rounds of Lloyd's algorithm
 
 
@@ -45,27 +47,29 @@ class Tree:
         merges = self.tokens - clusters
         parent = torch.arange(self.tokens, device=self.into.device)
         parent[self.gone[:merges]] = self.into[:merges]
-        while not torch.equal(parent, above := parent[parent]):
-            parent = above
-        return parent
+        return root(parent)
 
 
 def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
     """Ward's tree of tokens x [N, d], which count by their `weight` [N] > 0 in means and costs.
 
-    Raises ValueError if x is not finite.
+    Raises ValueError if x or its squares are not finite.
     """
-    x = x.float() - x.float().mean(0)           # so that little is lost in the squares
-    refuse_nan(x)
-    weight = torch.ones_like(x[:, 0]) if weight is None else weight.float()
-    into, gone, cost = same(x)
+    x, square = centred(x)
     name = torch.arange(len(x), device=x.device)
-    mean, size = x.clone(), weight.clone()
-    if len(gone):
-        size.index_add_(0, into, weight[gone])
-        name, mean, size = (t[~torch.isin(name, gone)] for t in (name, mean, size))
-    merges = [(into, gone, cost)]
-    best, near = nearest(mean, size, torch.arange(len(name), device=x.device))
+    mean, size = x, torch.ones_like(square) if weight is None else weight.float().clone()
+    best, near = nearest(mean, size, name)
+    merges = [(near[:0], near[:0], best[:0])]
+    like = (best <= 2 * ROUNDING * size * square).nonzero()[:, 0]
+    if len(like):
+        first = name.clone()
+        first[like] = like[alike(x[like])]
+        gone, left = first != name, first == name
+        merges.append((first[gone], name[gone], torch.zeros_like(best[gone])))
+        mean = torch.zeros_like(x).index_add_(0, first, x * size[:, None])[left]
+        size = torch.zeros_like(size).index_add_(0, first, size)[left]
+        name, mean = name[left], mean / size[:, None]
+        best, near = nearest(mean, size, torch.arange(len(name), device=x.device))
     while len(name) > 1:
         here = torch.arange(len(name), device=x.device)
         a = ((near[near] == here) & (here < near)).nonzero()[:, 0]
@@ -90,6 +94,23 @@ def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
     return Tree.of(len(x), merges)
 
 
+class Trees:
+    """The latest trees, and what they were made of: the next question about an image asks for the same."""
+
+    def __init__(self):
+        self.known: list[tuple[Tensor, Tree]] = []
+
+    def of(self, x: Tensor, weight: Tensor, parts: Tensor) -> Tree:
+        """`forest` of these, made now or before."""
+        tokens = torch.cat((x, weight[:, None], parts[:, None]), 1)
+        for known, tree in self.known:
+            if torch.equal(known, tokens):
+                return tree
+        tree = forest(x, weight, parts)
+        self.known = [*self.known[1 - REMEMBERED:], (tokens, tree)]
+        return tree
+
+
 def forest(x: Tensor, weight: Tensor, parts: Tensor) -> Tree:
     """The trees of the tokens in each of the `parts` [N], a number for each token, as one."""
     merges = []
@@ -100,13 +121,34 @@ def forest(x: Tensor, weight: Tensor, parts: Tensor) -> Tree:
     return Tree.of(len(x), merges)
 
 
-def same(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Merges of cost 0: every token [N, d] into the first one that equals it."""
-    _, group = x.unique(dim=0, return_inverse=True)
-    here = torch.arange(len(x), device=x.device)
-    first = torch.full_like(here, len(x)).scatter_reduce_(0, group, here, "amin")[group]
-    gone = (first != here).nonzero()[:, 0]
-    return first[gone], gone, torch.zeros_like(x[gone, 0])
+def centred(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [N, d] less its mean in fp32, so that little is lost in the squares, and these, [N].
+
+    Raises ValueError if they are not finite.
+    """
+    x = x.float() - x.float().mean(0)
+    square = x.square().sum(-1)
+    refuse_nan(square - square)                 # infinity less itself is NaN
+    return x, square
+
+
+def alike(x: Tensor) -> Tensor:
+    """The first of the tokens x [N, d] that equal each one but for rounding, [N]. Their costs are rounding
+    alone, and to merge by these one after the other would take as many rounds as there are tokens."""
+    square = x.square().sum(-1)
+    found = []
+    for part in torch.arange(len(x), device=x.device).split(max(1, CHUNK_BYTES // (4 * len(x)))):
+        both = square + square[part, None]                                              # [part, N]
+        equal = torch.addmm(both, x[part], x.T, alpha=-2) <= ROUNDING * both
+        found.append(equal.scatter_(1, part[:, None], True).int().argmax(1))
+    return root(torch.cat(found))
+
+
+def root(parent: Tensor) -> Tensor:
+    """The last token that is reached from each one, if `parent` [N] is where one goes from it."""
+    while not torch.equal(parent, above := parent[parent]):
+        parent = above
+    return parent
 
 
 def nearest(mean: Tensor, size: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,6 +184,7 @@ def project(x: Tensor, width: int) -> Tensor:
 
 def spaced(x: Tensor, clusters: int) -> Tensor:
     """Every n-th token stays, and each of the others x [N, d] goes to the nearest of these, [N]."""
+    x, _ = centred(x)
     rank = torch.arange(len(x), device=x.device)
     centres = (rank * clusters % len(x) < clusters).nonzero()[:, 0]
     owner = centres[closest(x, x[centres])]
@@ -152,9 +195,8 @@ def spaced(x: Tensor, clusters: int) -> Tensor:
 def k_centre(x: Tensor, clusters: int) -> Tensor:
     """The tokens x [N, d] that are farthest from those before, then rounds of Lloyd's algorithm: the number
     of one token of its cluster for each, [N]. A cluster that loses all its tokens is left out."""
-    x = x.float()
-    refuse_nan(x)
-    centres = [(x - x.mean(0)).square().sum(-1).argmin()]
+    x, square = centred(x)
+    centres = [square.argmin()]
     distance = torch.full_like(x[:, 0], torch.inf)
     for _ in range(clusters - 1):
         distance = torch.minimum(distance, (x - x[centres[-1]]).square().sum(-1))

@@ -13,7 +13,7 @@ from torch import Tensor
 from model.image_tokens import ImageKV, ImageTokens, each_image
 
 AT_ONCE = 512               # tokens that are read in fp32 at a time
-TINY = 1e-9                 # a weight that no cluster has
+TINY = 1e-30                # less than any norm that counts
 
 
 def merge_tokens(image: ImageTokens, owner: Tensor, weight: Tensor | None = None,
@@ -21,8 +21,9 @@ def merge_tokens(image: ImageTokens, owner: Tensor, weight: Tensor | None = None
     """Each token that stays as the mean of those that it stands for, with its own coords.
 
     `owner` [B, N] is the index of the token that stands for each one; those that stay own themselves. The
-    mean is weighted by `weight` [B, N]; with `bias` ln of their number is added to its scores. The object
-    itself is returned if all tokens stay. Raises ValueError if an image would lose all its tokens.
+    mean is weighted by `weight` [B, N], above 0 for one token of each cluster at least; with `bias` ln of
+    their number is added to its scores. The object itself is returned if all tokens stay. Raises ValueError
+    if an image would lose all its tokens, or the owner of a token does not stay.
     """
     mask, own_bias = (None if each is None else each[:, None] for each in (image.mask, image.bias))
     clusters = Clusters(owner[:, None], mask, own_bias, weight)
@@ -30,7 +31,7 @@ def merge_tokens(image: ImageTokens, owner: Tensor, weight: Tensor | None = None
         return image
     small = image.take(clusters.stays[:, 0])
     features = clusters.mean(image.features[:, None])[:, 0]                             # [B, n, D]
-    return replace(small, features=features, bias=clusters.ln_size()[:, 0] if bias else None)
+    return replace(small, features=features, bias=clusters.ln_size()[:, 0] if bias else small.bias)
 
 
 def merge_kv(kv: ImageKV, owner: Tensor, weight: Tensor | None = None, bias: bool = True) -> ImageKV:
@@ -41,7 +42,7 @@ def merge_kv(kv: ImageKV, owner: Tensor, weight: Tensor | None = None, bias: boo
         return kv
     small = kv.take(clusters.stays)
     return replace(small, key=clusters.mean(kv.key), value=clusters.mean(kv.value),
-                   bias=clusters.ln_size() if bias else None)
+                   bias=clusters.ln_size() if bias else small.bias)
 
 
 class Clusters:
@@ -52,11 +53,15 @@ class Clusters:
         real = real if mask is None else real & mask
         self.stays = real & (owner == torch.arange(owner.shape[-1], device=owner.device))
         self.all_stay = torch.equal(self.stays, real)
-        self.index = (self.stays.cumsum(-1) - 1).clamp(min=0).gather(-1, torch.where(real, owner, 0))
+        owner = torch.where(real, owner, 0)
+        if not (self.stays.gather(-1, owner) | ~real).all():
+            raise ValueError("an image token is merged into one that does not stay: the owner of an owner "
+                             "must be itself")
+        self.index = (self.stays.cumsum(-1) - 1).clamp(min=0).gather(-1, owner)
         self.number = int(self.stays.sum(-1).max())
         # A token with a bias counts for as many already.
-        self.count = real.float() if bias is None else real * bias.exp()
-        self.weight = self.count if weight is None else self.count * weight[:, None]
+        self.count = real.float() if bias is None else torch.where(real, bias.exp(), 0)
+        self.weight = self.count if weight is None else torch.where(real, self.count * weight[:, None], 0)
 
     def mean(self, x: Tensor) -> Tensor:
         """The means of x [B, G, N, d] -> [B, G, n, d]; those of padding are 0."""
@@ -65,7 +70,8 @@ class Clusters:
             w = w[..., None]
             each = torch.where(w > 0, part.float() * w, 0)          # padding may hold NaN
             total.scatter_add_(2, index[..., None].expand_as(each), each)
-        return (total / self.sum(self.weight).clamp(min=TINY)[..., None]).to(x.dtype)
+        weight = self.sum(self.weight)[..., None]
+        return (total / torch.where(weight > 0, weight, 1)).to(x.dtype)
 
     def ln_size(self) -> Tensor:
         """ln of the number of tokens that each one stands for, [B, K, n] fp32; 0 for padding."""
@@ -81,9 +87,11 @@ class Clusters:
 
 
 def joined(kv: ImageKV) -> Tensor:
-    """Keys and values side by side, both of the same mean square in each head: [B, G, N, 2 d] fp32."""
+    """Keys and values side by side, both of the same norm in each head: [B, G, N, 2 d] fp32; 0 at padding."""
     parts = [t.float() for t in (kv.key, kv.value)]
-    return torch.cat([t / t.square().mean((2, 3), keepdim=True).sqrt() for t in parts], -1)
+    if kv.mask is not None:
+        parts = [torch.where(kv.mask[..., None], t, 0) for t in parts]
+    return torch.cat([t / t.norm(dim=(2, 3), keepdim=True).clamp(min=TINY) for t in parts], -1)
 
 
 def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,

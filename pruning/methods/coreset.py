@@ -13,16 +13,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
-from pruning.attention import attention_received
-from pruning.clusters import Tree, central, forest, k_centre, project, spaced
+from model.image_tokens import ImageKV, ImageTokens, Queries
+from pruning.attention import attention_received, over_mean
+from pruning.clusters import Trees, central, k_centre, project, spaced
 from pruning.merge import joined, merge_kv, merge_tokens, owners
 from pruning.options import check_least
 from pruning.pruner import Reduced, SelectOnce
 from pruning.select import num_kept
 
 LEAST = 1e-3                            # weight of a token that the prompt does not look at
-REMEMBERED = 16                         # trees
 
 
 @dataclass
@@ -51,7 +50,12 @@ class Coreset(SelectOnce):
         check_least(self, question=0, width=0, height=0)
         if self.question > 1:
             raise ValueError(f"coreset: question is {self.question}, but must be at most 1")
-        self.trees: list[tuple[Tensor, Tree]] = []      # the latest, and what they were made of
+        if self.clusters != "ward" and (self.height or self.within == "tile"):
+            raise ValueError(f"coreset: height and within=tile need clusters=ward, not {self.clusters}")
+        if self.in_each_head and (self.full_layers or self.early_caches != "trim"):
+            raise ValueError("coreset: with space=keys_values and when=boundary all layers are alike: leave "
+                             "full_layers and early_caches at their defaults")
+        self.trees = Trees()
 
     @property
     def keeps_all(self) -> bool:
@@ -61,6 +65,11 @@ class Coreset(SelectOnce):
     def before_decoder(self) -> bool:
         """Whether nothing of the decoder is needed: then no key of a dropped token is ever made."""
         return self.question == self.full_layers == 0 and (self.when, self.space) == ("prefill", "features")
+
+    @property
+    def in_each_head(self) -> bool:
+        """Whether every layer and key/value head has clusters of its own, after prefill."""
+        return (self.when, self.space) == ("boundary", "keys_values")
 
     def encoded(self, image: ImageTokens, prompts: list[list[int]]) -> ImageTokens:
         self.weight = torch.ones_like(image.features[..., 0], dtype=torch.float32)      # [B, N]
@@ -75,11 +84,10 @@ class Coreset(SelectOnce):
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
         """The token that stands for each one, [B, N] int64."""
         if self.question:
-            received = attention_received(queries, kv, per="layer")                     # [B, N]
-            for there in each_image(image):
-                mean = (received * there).sum(-1, keepdim=True) / there.sum(-1, keepdim=True)
-                asked = torch.where(there & (mean > 0), received / mean, 1)
-                self.weight *= (1 - self.question + self.question * asked).clamp(min=LEAST)
+            asked = over_mean(attention_received(queries, kv, per="layer"), image)      # [B, N]
+            self.weight = (1 - self.question + self.question * asked).clamp(min=LEAST)
+        if self.in_each_head:
+            return torch.arange(image.coords.shape[1], device=kv.key.device).expand(len(kv.key), -1)
         x = image.features if self.space == "features" else joined(kv).transpose(1, 2).flatten(2)
         return owners(image, x, self.weight, self.cluster)                              # [B, N]
 
@@ -88,11 +96,12 @@ class Coreset(SelectOnce):
         return merge(tokens, self.kept, self.weight, self.bias)
 
     def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
-        if self.when == "prefill" or self.space == "features":
+        if not self.in_each_head:
             return super().prefilled(image_kv)
         # [B, G, N] each
-        sets = self.owners = [owners(kv, joined(kv), self.weight, self.cluster) for kv in image_kv]
-        return [merge_kv(kv, owner, self.weight, self.bias) for kv, owner in zip(image_kv, sets, strict=True)]
+        self.owners = [owners(kv, joined(kv), self.weight, self.cluster) for kv in image_kv]
+        sets = zip(image_kv, self.owners, strict=True)
+        return [merge_kv(kv, owner, self.weight, self.bias) for kv, owner in sets]
 
     def cluster(self, x: Tensor, weight: Tensor, tile: Tensor) -> Tensor:
         """The number of the token that stands for each token x [n, d] of one image."""
@@ -102,16 +111,7 @@ class Coreset(SelectOnce):
         x = project(x, self.width)
         if self.clusters != "ward":
             return spaced(x, n) if self.clusters == "spaced" else k_centre(x, n)
-        tree = self.tree(torch.cat((x, weight[:, None], tile[:, None] * (self.within == "tile")), 1))
+        tree = self.trees.of(x, weight, tile * (self.within == "tile"))
         if self.height:
             n = tree.clusters(n, self.height * float(x.var(0, correction=0).sum()))
         return central(x, tree.cut(n))
-
-    def tree(self, tokens: Tensor) -> Tree:
-        """Of tokens [n, d + 2], with their weight and their part; the latest trees are remembered."""
-        for known, tree in self.trees:
-            if torch.equal(known, tokens):
-                return tree
-        tree = forest(tokens[:, :-2], tokens[:, -2], tokens[:, -1])
-        self.trees = [*self.trees[1 - REMEMBERED:], (tokens, tree)]
-        return tree
