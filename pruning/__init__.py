@@ -16,12 +16,16 @@ from pruning.methods.downsample import Downsample
 from pruning.methods.elastic_cache import ElasticCache
 from pruning.methods.fastv import FastV
 from pruning.methods.mint import MINT
+from pruning.methods.prumerge import PruMerge
 from pruning.methods.quecc import QueCC
 from pruning.methods.random import Random
+from pruning.methods.scope import Scope
 from pruning.methods.sgl import SGL
 from pruning.methods.spatial import Spatial
+from pruning.methods.tome import ToMe
 from pruning.methods.topv import TopV
 from pruning.methods.trimmed_llama import TrimmedLlama
+from pruning.methods.visionzip import VisionZip
 from pruning.methods.zipvl import ZipVL
 from pruning.options import options
 from pruning.pruner import Pruner, SelectOnce, SelectPerLayer, Wrapper, hooks
@@ -30,7 +34,7 @@ from weights.messages import one_line, quoted
 
 METHODS = {method.name: method for method in (
     Pruner, Coreset, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT,
-    SGL, QueCC, DivPrune, CDPruner, Random, Spatial, Downsample)}
+    SGL, QueCC, DivPrune, CDPruner, VisionZip, PruMerge, ToMe, Scope, Random, Spatial, Downsample)}
 
 __all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
            "hooks", "load", "options", "top_k_mask"]

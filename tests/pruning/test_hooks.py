@@ -22,6 +22,8 @@ OVERRIDDEN = {
     "mint": ["begin", "layer", "prefilled", "stepped", "logits", "around"],
     "sgl": ["begin", "encoded", "layer", "prefilled", "around"], "quecc": ["begin", "encoded"],
     "divprune": ["layer", "prefilled"], "cdpruner": ["layer", "prefilled"],
+    "visionzip": ["begin", "encoded"], "prumerge": ["begin", "encoded"],
+    "tome": ["encoded"], "scope": ["begin", "layer", "prefilled"],
     "random": ["encoded", "layer", "prefilled"], "spatial": ["layer", "prefilled"],
     "downsample": ["preprocess"]}
 

@@ -52,10 +52,14 @@ OPTIONS = {
             {"keep": 0.4, "full_layers": 2, "layer_weight": "gate", "threshold": 1.0},
             {"keep": 0.3, "when": "boundary", "early_caches": "trim"},
             {"keep": 0.3, "full_layers": 0, "when": "boundary"}],
+    "visionzip": [{"keep": 3, "bias": True}, {"keep": 0.5, "contextual": 1.0}],
+    "prumerge": [{"keep": 3, "neighbours": 2}, {"threshold": 0.0, "spread": 0.75}, {"spread": 0.0}],
     "quecc": [{"keep": 2}, {"keep": 1}],
     "divprune": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary"}],
     "cdpruner": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary", "relevance": "attention"},
                  {"keep": 0.4, "full_layers": 1, "theta": None}],
+    "tome": [{"keep": 3, "prop_attn": False}],
+    "scope": [{"keep": 4, "full_layers": 1, "early_caches": "full"}, {"keep": 0.3, "when": "boundary"}],
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 ALWAYS = {"quecc": {"weights": "pool"}}                     # the trained ones fit the bundled model alone
