@@ -27,7 +27,7 @@ class PruMerge(Pruner):
     """Keeps what the encoder's class tokens attend to most, each token merged with those most like it."""
     keep: float | int = 0.25
     threshold: float | None = None                  # keep what stands out by so many quartile distances
-    spread: float = 0.5                             # share of the kept tokens that is evenly spaced
+    spread: float = 0.75                            # share of the kept tokens that is evenly spaced
     neighbours: int = 32                            # that a kept token is merged with
     paper = "Shang et al. 2024, arXiv 2403.15388"
     keep_states = True

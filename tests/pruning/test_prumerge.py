@@ -78,7 +78,7 @@ def by_hand(options: PruMerge, states: Tensor, features: Tensor,
     return new if len(chosen) < len(states) else {t: features[t] for t in chosen}
 
 
-VARIANTS = [{}, {"spread": 0.0}, {"spread": 0.75, "neighbours": 3}, {"neighbours": 0}, {"neighbours": 1000}]
+VARIANTS = [{}, {"spread": 0.0}, {"spread": 0.5, "neighbours": 3}, {"neighbours": 0}, {"neighbours": 1000}]
 
 
 @pytest.mark.parametrize("options", VARIANTS, ids=str)
@@ -130,7 +130,7 @@ def test_class_tokens_only_ask():
 def test_the_spread_is_even():
     """Of 100 patches the ten best, and every ninth of the others."""
     received = [0.0] + [float(t < 10) for t in range(100)]
-    assert chosen(received, keep=20) == [*range(1, 11), *range(15, 101, 9)]
+    assert chosen(received, keep=20, spread=0.5) == [*range(1, 11), *range(15, 101, 9)]
 
 
 # ----- several images, padding

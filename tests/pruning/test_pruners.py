@@ -53,7 +53,7 @@ OPTIONS = {
             {"keep": 0.3, "when": "boundary", "early_caches": "trim"},
             {"keep": 0.3, "full_layers": 0, "when": "boundary"}],
     "visionzip": [{"keep": 3, "bias": True}, {"keep": 0.5, "contextual": 1.0}],
-    "prumerge": [{"keep": 3, "neighbours": 2}, {"threshold": 0.0, "spread": 0.75}, {"spread": 0.0}],
+    "prumerge": [{"keep": 3, "neighbours": 2}, {"threshold": 0.0, "spread": 0.5}, {"spread": 0.0}],
     "quecc": [{"keep": 2}, {"keep": 1}],
     "divprune": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary"}],
     "cdpruner": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary", "relevance": "attention"},
