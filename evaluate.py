@@ -8,7 +8,8 @@ eight tile ratios. An answer counts when it equals the expected one to the lette
 0.5,0.1` every method answers everything at every keep ratio; `a,a:option=value` has a method twice. `--split
 val` asks about validation scenes, so that test scenes do not decide what is chosen. `--skip-layer 0` closes
 the gates of a cross-attention layer, which shows what the model loses without it. A long run may be stopped:
-with `--json FILE` the answers so far are in FILE.part, and the same command goes on from there.
+with `--json FILE` the answers so far are in FILE.part, and the same command goes on from there. `--jobs 2`
+asks in two processes, each in one thread.
 """
 import program
 
@@ -18,8 +19,9 @@ import argparse
 import sys
 import time
 import zlib
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import closing, nullcontext
+from itertools import repeat
 from pathlib import Path
 
 from PIL import ImageFilter
@@ -27,6 +29,7 @@ from PIL import ImageFilter
 from answers import mean
 from cli import Parser, check_output, parse_pruners, parse_variants, real_number, whole_number, writing
 from evaluation.exam import Exam, is_about_the_absent, make_exam
+from evaluation.jobs import ahead
 from evaluation.layers import Observer, close_gates, gates, layer_similarity
 from evaluation.plot import check_plot, plot, summary, table
 from evaluation.scoring import figures, full_score
@@ -47,22 +50,25 @@ SPLITS = {"val": "validation", "test": "test"}
 KEEPS = "0.5,0.25,0.1,0.05,0.02"
 MOST_QUESTIONS = 1_000_000
 MOST_BLUR = 1000            # pixels
+MOST_JOBS = 256
 SMALL = 100_000_000         # bytes of weights that are read to tell them from others
 
 
 def evaluate(assistant: Assistant, exam: Exam, pruners: Sequence[Pruner] = (Pruner(),),
-             compare_layers: bool = False, store: Store | None = None, blur: float = 0) -> list[dict]:
+             compare_layers: bool = False, store: Store | None = None, blur: float = 0,
+             elsewhere: Iterable[dict | None] | None = None) -> list[dict]:
     """Ask everything with every pruner, greedily. Returns the records of all images, as `examine` makes them.
 
-    Those that `store` has already are not asked again, and each new one is added to it.
+    Those that `store` has already are not asked again, and each new one is added to it. `elsewhere`
+    has the new ones if other processes make them, None for one that is to be made here.
     """
     records = list(store.records) if store else []
     known = len(records)
     began = time.monotonic()
     progress = ""
     try:
-        for scene, questions in exam[known:]:
-            records.append(examine(assistant, scene, questions, pruners, compare_layers, blur))
+        for (scene, questions), record in zip(exam[known:], elsewhere or repeat(None), strict=False):
+            records.append(record or examine(assistant, scene, questions, pruners, compare_layers, blur))
             if store:
                 store.add(records[-1])
             if sys.stderr.isatty():
@@ -141,6 +147,8 @@ def arguments() -> argparse.Namespace:
         help="another option of a method; K=V for all methods that have it")
     add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
     add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
+    add("--jobs", type=whole_number, metavar="N",
+        help="processes, each in one thread; default: this one, with threads for all cores")
     add("--json", type=Path, metavar="FILE", help="also write the figures to FILE; FILE.part while it runs")
     add("--plot", type=Path, metavar="FILE", help="also draw accuracy against tokens kept: .png, .svg, .pdf")
     return parser.parse_args()
@@ -180,6 +188,8 @@ def check(args: argparse.Namespace, pruners: list[Pruner]):
                          f"{MOST_QUESTIONS}")
     if not 0 <= args.blur <= MOST_BLUR:
         raise ValueError(f"--blur is {args.blur}, but must be 0 or more pixels, at most {MOST_BLUR}")
+    if args.jobs is not None and not 1 <= args.jobs <= MOST_JOBS:
+        raise ValueError(f"--jobs is {args.jobs}, but must be at least 1, at most {MOST_JOBS}")
     for kind in kinds_of(args):
         if kind not in KINDS:
             raise ValueError(f"--kinds: no question is of kind {quoted(kind)}; choose of {', '.join(KINDS)}")
@@ -222,15 +232,14 @@ def fingerprint(folder: Path) -> int:
 
 def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None) -> dict:
     """Ask, or go on asking, and store the figures; those of the full model alone are printed at once."""
-    exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
     with store or nullcontext():
-        assistant = Assistant(args.model, args.device, args.dtype)
-        opened = gates(assistant.model)
-        if args.skip_layer is not None:
-            close_gates(assistant.model, args.skip_layer)
+        exam, assistant, opened = prepare(args)
         if store:
             store.check(exam, len(pruners), None if args.prune is None else len(opened))
-        records = evaluate(assistant, exam, pruners, args.prune is not None, store, args.blur)
+        left = range(len(store.records) if store else 0, len(exam))
+        jobs = nullcontext() if args.jobs is None else closing(ahead(args.jobs, examiner, (args,), left))
+        with jobs as elsewhere:
+            records = evaluate(assistant, exam, pruners, args.prune is not None, store, args.blur, elsewhere)
         made = figures(settings, exam, records, opened)
         if store:
             store.finish(made)
@@ -240,6 +249,23 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
         if wrong_yes is not None:
             print(f"wrong yes  {wrong_yes:6.1%} of questions whether something is there that is not")
     return made
+
+
+def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float, float]]]:
+    """What is asked, who answers, and the gates before any of them was closed."""
+    exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
+    assistant = Assistant(args.model, args.device, args.dtype)
+    opened = gates(assistant.model)
+    if args.skip_layer is not None:
+        close_gates(assistant.model, args.skip_layer)
+    return exam, assistant, opened
+
+
+def examiner(args: argparse.Namespace) -> Callable[[int], dict]:
+    """For a process of --jobs: what makes the record of an image by its number."""
+    pruners = plan(args.prune, args.keep, args.set)
+    exam, assistant, _ = prepare(args)
+    return lambda number: examine(assistant, *exam[number], pruners, args.prune is not None, args.blur)
 
 
 def main():

@@ -1,1 +1,1 @@
-"""Accuracy on test sets: what is asked, how answers are scored, stored, tabled and plotted."""
+"""Accuracy on test sets: what is asked, how answers are scored, stored, tabled, plotted and compared."""

@@ -160,6 +160,8 @@ def test_progress_is_one_line_on_a_terminal_alone(assistant, monkeypatch, capsys
 
 @pytest.mark.parametrize(("argv", "words"), [
     (["--questions", "0"], "at least 1"), (["--blur", "-1"], "0 or more pixels"),
+    (["--jobs", "0"], "--jobs is 0, but must be at least 1"), (["--jobs", "257"], "at most 256"),
+    (["--jobs", "two"], "'two' is not a whole number"),
     (["--split", "train"], "invalid choice: 'train'"), (["--split", ""], "invalid choice"),
     (["--kinds", "taste"], "no question is of kind 'taste'"),
     (["--skip-layer", "9"], "cross-attention layers 0 to 2"),
@@ -175,7 +177,7 @@ def test_bad_input_is_one_line(run, capsys, argv, words):
 
 
 @pytest.mark.parametrize(("argv", "words"), [
-    (["--prune", "frob"], "choose one of none, trimmed_llama"), (["--prune", "random,"], "no pruning method"),
+    (["--prune", "frob"], "choose one of none, "), (["--prune", "random,"], "no pruning method"),
     (["--prune", "no.py:Mine"], "no such file"), (["--skip-layer", "0", "--prune", "none"], "full model"),
     (["--keep", "0.5"], "--prune"), (["--set", "random.seed=1"], "--prune"),
     (["--prune", "random", "--keep", "0"], "keep is 0"), (["--prune", "none", "--keep", "0"], "keep is 0"),
