@@ -91,7 +91,8 @@ def guide_like(network: LlamaVision) -> LlamaVision:
 def masked(network: LlamaVision, run: Run, prompts: list[list[int]], image: ImageTokens | None,
            pruner: Pruner = Pruner()) -> Tensor:                                        # noqa: B008
     """The logits [B, steps, V] of a Run, from the whole image with -inf where its pruner dropped a token; or,
-    where the pruner makes one token of several, from the keys and values that it left.
+    where the pruner makes one token of several, from the keys and values that it left. There a token with ln
+    n for its bias is not biased but repeated n times.
 
     One pass over the prompt and the new tokens of each sequence, and over each of its branches: no batch, no
     cache, and nothing is ever dropped.
@@ -125,8 +126,8 @@ def masked_sequence(network: LlamaVision, run: Run, prompt: list[int], image: Im
         elif image is not None:
             held = [run.read[i]] * len(prompt) + [kvs[i] for kvs in run.held[:-1]]      # of each position
             if merges:
-                x = torch.cat([look(layer, x[t:t + 1], kv.key[branch], kv.value[branch],
-                                    *left(kv, branch, seen[t:t + 1])) for t, kv in enumerate(held)])
+                x = torch.cat([look(layer, x[t:t + 1], *left(kv, branch, seen[t:t + 1]))
+                               for t, kv in enumerate(held)])
             else:
                 real = slice(None) if image.mask is None else image.mask[b]
                 coords = image.coords[b][real]                                          # [N, 4]
@@ -173,9 +174,33 @@ def look(layer: CrossAttentionLayer, x: Tensor, k: Tensor, v: Tensor, inside: Te
     return torch.where(inside.any(-1).all(0)[:, None], y, x)
 
 
-def left(kv: ImageKV, b: int, seen: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Which tokens of `kv` positions see that see these images [T, 2]: [K, T, N]; and their bias [K, N]."""
-    image = kv.coords[b][..., 0][:, None]                                               # [K, 1, N]
-    inside = (image >= seen[:, :1]) & (image < seen[:, 1:])
-    inside = inside if kv.mask is None else inside & kv.mask[b][:, None]
-    return inside, None if kv.bias is None else kv.bias[b]
+def left(kv: ImageKV, b: int, seen: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The keys and values of `kv`, which of them positions see that see these images [T, 2]: [K, T, N]; and
+    their bias [K, N], unless they can be repeated instead."""
+    image = kv.coords[b][..., 0]                                                        # [K, N]
+    there = torch.ones_like(image, dtype=torch.bool) if kv.mask is None else kv.mask[b]
+    key, value, bias = kv.key[b], kv.value[b], None if kv.bias is None else kv.bias[b]
+    counts = repeats(kv, b)
+    if counts is not None:
+        order, there = repeated(counts)                                                 # [K, n]
+        image, bias = image.expand(len(order), -1).gather(1, order), None
+        key, value = (t.take_along_dim(order[..., None], 1) for t in (key, value))
+    image = image[:, None]                                                              # [K, 1, N]
+    inside = (image >= seen[:, :1]) & (image < seen[:, 1:]) & there[:, None]
+    return key, value, inside, bias
+
+
+def repeats(kv: ImageKV, b: int) -> Tensor | None:
+    """How many tokens each one stands for, [K, N], if the biases of sequence b are ln of whole numbers."""
+    if kv.bias is None:
+        return None
+    exact = kv.bias[b].double().exp()
+    exact = exact if kv.mask is None else torch.where(kv.mask[b], exact, 0)
+    return exact.round().long() if (exact - exact.round()).abs().max() <= 1e-4 * exact.max() else None
+
+
+def repeated(counts: Tensor) -> tuple[Tensor, Tensor]:
+    """The index of each token as often as `counts` [K, N] says, [K, n], and where that is no padding."""
+    order = [torch.arange(len(own)).repeat_interleave(own) for own in counts]
+    there = torch.nn.utils.rnn.pad_sequence([torch.ones_like(own) for own in order], batch_first=True).bool()
+    return torch.nn.utils.rnn.pad_sequence(order, batch_first=True), there

@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from helpers import STATES, I, alone, close, encode, in_bfloat16, keeping_all, kept_sets, small_network
+from matrix_options import OPTIONS
 from reference import Case, Run, forced, masked
 from torch import Tensor
 
@@ -26,42 +27,6 @@ PROMPTS = [[5, 6, I, 7, 8, 9, 10, 11], [12, 13, 14], [I, 5, 15, I, 16, 17], [9, 
 GRIDS = [[(2, 2)], [], [(1, 1), (1, 3)], [(1, 2), (2, 1)], [(1, 1)]]     # tiles: rows, columns
 QUESTIONS = [[5, 6, I, 7, 8, 9], [I, 11, 12], [13, I, 14, 15, 16, 17, 18]]  # about the same image
 KEEPS = [{"keep": 0.25}, {"keep": 0.6}]
-OPTIONS = {
-    "trimmed_llama": [{"keep": 3, "per": "kv_head"}, {"keep": 0.1, "when": "boundary"},
-                      {"keep": 0.1, "early_caches": "full"}, {"keep": 2, "budget": 4, "full_layers": 2},
-                      {"keep": 0.2, "full_layers": 0}],
-    "fastv": [{"keep": 3, "positions": "all"}, {"keep": 0.4, "full_layers": 0, "seed": 3},
-              {"keep": 0.3, "full_layers": 2, "early_caches": "trim"}, {"keep": 0.3, "when": "boundary"},
-              {"keep": 0.3, "when": "step", "early_caches": "trim"}],
-    "elastic_cache": [{"keep": 3, "bucket_scope": "sequence"}, {"keep": 0.3, "drop": True},
-                      {"keep": 0.3, "mass_bias": True, "protect_cls": True}],
-    "csp": [{"keep": 3, "per": "layer"}, {"keep": 0.3, "n": 0.0, "observed": 2}],
-    "aircache": [{"keep": 3, "alpha": 0.3}, {"keep": 0.2, "strength": "none", "alpha": 0.0},
-                 {"keep": 0.9, "alpha": 1.0}],
-    "zipvl": [{"tau": 0.8}, {"tau": 0.6, "per": "kv_head"}, {"tau": 0.7, "when": "boundary"},
-              {"keep": 3, "per": "kv_head"}, {"tau": 0.3, "when": "boundary", "per": "kv_head"}],
-    "topv": [{"keep": 7, "mode": "balanced", "stride": 0}, {"keep": 0.5, "scope": "tile", "stride": 2},
-             {"keep": 0.4, "mode": "one_sided", "gamma": 1.0}],
-    "attention_predictor": [{"keep": 0.4, "block": 1, "calibrate": 2},
-                            {"keep": 0.5, "block": 2, "predictor": "last", "skip_layers": 0, "window": 2},
-                            {"keep": 6, "block": 4, "layout": "square", "predictor": "mean"}],
-    "mint": [{"keep": 0.3, "update": "prefill", "alpha": 0.5}, {"keep": 3, "n_sel": 2, "ref": "key"},
-             {"keep": 0.3, "n_sel": 2, "update": "prefill", "beta": 0.0},
-             {"keep": 0.1, "alpha": 3.0, "beta": 0.5}],
-    "sgl": [{"keep": 3, "full_layers": 0},
-            {"keep": 0.4, "full_layers": 2, "layer_weight": "gate", "threshold": 1.0},
-            {"keep": 0.3, "when": "boundary", "early_caches": "trim"},
-            {"keep": 0.3, "full_layers": 0, "when": "boundary"}],
-    "visionzip": [{"keep": 3, "bias": True}, {"keep": 0.5, "contextual": 1.0}],
-    "prumerge": [{"keep": 3, "neighbours": 2}, {"threshold": 0.0, "spread": 0.5}, {"spread": 0.0}],
-    "quecc": [{"keep": 2}, {"keep": 1}],
-    "divprune": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary"}],
-    "cdpruner": [{"keep": 4, "full_layers": 2}, {"keep": 0.3, "when": "boundary", "relevance": "attention"},
-                 {"keep": 0.4, "full_layers": 1, "theta": None}],
-    "tome": [{"keep": 3, "prop_attn": False}],
-    "scope": [{"keep": 4, "full_layers": 1, "early_caches": "full"}, {"keep": 0.3, "when": "boundary"}],
-    "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
-    "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}
 ALWAYS = {"quecc": {"weights": "pool"}}                     # the trained ones fit the bundled model alone
 NETWORKS = {"two": (1, 1, 2), "three": (2, 2, 3), "four": (3, 4, 4)}    # seed, share, cross-attention layers
 CASES: dict[tuple, Case] = {}           # a run that several tests use is made once
