@@ -17,7 +17,19 @@ from helpers import close, noise, refused
 from torch import Tensor
 
 from pruning import clusters
-from pruning.clusters import LLOYD, REMEMBERED, Tree, Trees, central, forest, k_centre, project, spaced, ward
+from pruning.clusters import (
+    LLOYD,
+    REMEMBERED,
+    Tree,
+    Trees,
+    alike,
+    central,
+    forest,
+    k_centre,
+    project,
+    spaced,
+    ward,
+)
 
 
 def some_weight(n: int, seed: int) -> Tensor:
@@ -102,6 +114,12 @@ def test_equal_tokens_take_few_rounds(apart, far):
     assert len(tree.cost) == n - 1 and len(tree.cut(137).unique()) == 137
     if far:
         assert partition(tree.cut(2)) == {frozenset(range(0, n, 2)), frozenset(range(1, n, 2))}
+
+
+def test_what_is_alike_in_steps_is_alike():
+    """The first and the third of these are too far apart, but the second is alike to both."""
+    x = torch.tensor([[5.0], [1.0], [1.001], [1.002], [5.006], [1.003], [5.02], [5.0]])
+    assert alike(x).tolist() == [0, 1, 1, 1, 0, 1, 6, 0]
 
 
 def test_few_costs_are_computed_of_random_tokens():

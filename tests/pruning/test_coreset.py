@@ -226,6 +226,15 @@ def test_a_height_lets_an_image_decide():
     assert forced(network, prompts, image, Coreset(1.0)).answer.kept == [[20] * 3] * 2
 
 
+@pytest.mark.parametrize("height", [0.3, 0.6, 1.0, 2.0, 5.0])
+def test_a_height_is_a_share_of_the_mean_squared_distance(height):
+    image = random_image(15, seed=5)
+    x = image.features[0].double()
+    apart = float((x - x.mean(0)).square().sum(1).mean())
+    cheap = [cost for cost, _ in ward_by_hand(x.tolist(), [1.0] * 15) if cost <= height * apart]
+    assert run(Coreset(1.0, question=0.0, height=height), image).answer.kept == [[15 - len(cheap)] * 3]
+
+
 def test_within_a_tile():
     image = random_image(20, seed=2)
     tile = image.coords[0, :, 1]
