@@ -96,6 +96,18 @@ def test_the_error_is_within_the_bound(bound):
         assert 0 <= error <= bound(q, k, v, group)
 
 
+def test_keys_that_are_not_the_means_add_little():
+    """As where features are averaged, and keys are made of them: (exp(2 n) - 1) R / 2."""
+    for seed in range(200):
+        q, k, v, group = drawn(seed)
+        (k_mean, size), (v_mean, _) = means(k, group), means(v, group)
+        off = 0.5 ** (seed % 6) * noise(*k_mean.shape, seed=seed).double()
+        n, means_only = float((off @ q).abs().max()) / math.sqrt(len(q)), over_means(q, k, v, group)
+        R = float((v_mean - means_only).norm(dim=1).max())
+        error = float((attention(q, k_mean + off, v_mean, size.log()) - means_only).norm())
+        assert error <= (math.exp(2 * n) - 1) * R / 2 + 1e-12
+
+
 @pytest.mark.parametrize("bound", [by_radius, by_squares])
 def test_the_bound_can_be_reached(bound):
     """Nearly, by one cluster of two tokens: a smaller factor before its first term would be wrong."""
