@@ -7,6 +7,7 @@ from types import ModuleType
 
 from pruning.attention import attention_received
 from pruning.methods.aircache import AirCache
+from pruning.methods.attention_matching import AttentionMatching
 from pruning.methods.attention_predictor import AttentionPredictor
 from pruning.methods.cdpruner import CDPruner
 from pruning.methods.coreset import Coreset
@@ -34,7 +35,8 @@ from weights.messages import one_line, quoted
 
 METHODS = {method.name: method for method in (
     Pruner, Coreset, TrimmedLlama, FastV, ElasticCache, CSP, AirCache, ZipVL, TopV, AttentionPredictor, MINT,
-    SGL, QueCC, DivPrune, CDPruner, VisionZip, PruMerge, ToMe, Scope, Random, Spatial, Downsample)}
+    SGL, QueCC, DivPrune, CDPruner, VisionZip, PruMerge, ToMe, Scope, AttentionMatching, Random, Spatial,
+    Downsample)}
 
 __all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
            "hooks", "load", "options", "top_k_mask"]
