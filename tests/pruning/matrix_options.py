@@ -38,5 +38,6 @@ OPTIONS = {
                  {"keep": 0.4, "full_layers": 1, "theta": None}],
     "tome": [{"keep": 3, "prop_attn": False}],
     "scope": [{"keep": 4, "full_layers": 1, "early_caches": "full"}, {"keep": 0.3, "when": "boundary"}],
+    "attention_matching": [{"keep": 3, "random": 0}, {"keep": 0.4, "random": 99}],
     "random": [{"keep": 4, "seed": 5, "full_layers": 2}, {"keep": 0.3, "full_layers": 0}],
     "spatial": [{"keep": 4, "when": "boundary", "early_caches": "full"}, {"keep": 5, "full_layers": 0}]}

@@ -24,6 +24,7 @@ OVERRIDDEN = {
     "divprune": ["layer", "prefilled"], "cdpruner": ["layer", "prefilled"],
     "visionzip": ["begin", "encoded"], "prumerge": ["begin", "encoded"],
     "tome": ["encoded"], "scope": ["begin", "layer", "prefilled"],
+    "attention_matching": ["begin", "layer", "prefilled"],
     "random": ["encoded", "layer", "prefilled"], "spatial": ["layer", "prefilled"],
     "downsample": ["preprocess"]}
 
