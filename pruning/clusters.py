@@ -4,7 +4,7 @@ Ward's tree merges, again and again, the two clusters that add least to the sum 
 the tokens to the means of their clusters. The cost never falls from one merge to the next, so one tree can be
 cut to any number of clusters (Ward 1963). A union is never nearer to a third cluster than the nearer of its
 parts was, so clusters that are each other's nearest may merge at once: the tree stays the same (Bruynooghe
-1977, Murtagh 1983), and only clusters whose nearest one has merged look for a new one.
+1977, Murtagh 1983).
 N tokens, d width of what is compared, C clusters that are left.
 """
 from dataclasses import dataclass
@@ -14,11 +14,14 @@ from torch import Tensor
 
 from pruning.select import refuse_nan
 
-CHUNK_BYTES = 16 * 2 ** 20              # of the costs that are computed at once
+CHUNK_BYTES = 4 * 2 ** 20               # of the costs that are computed at once
 AT_ONCE = 512                           # tokens that are projected at once
 ROUNDING = 1e-6                         # of the squares of two tokens, in their squared distance
 REMEMBERED = 16                         # trees
+MANY = 4                                # clusters that look for their nearest one, for each merge
 LLOYD = 3                               # rounds of Lloyd's algorithm
+
+Merges = tuple[Tensor, Tensor, Tensor]  # into, gone and cost, as in Tree
 
 
 @dataclass
@@ -31,7 +34,7 @@ class Tree:
     cost: Tensor                        # [M] fp32, rising
 
     @classmethod
-    def of(cls, tokens: int, parts: list[tuple[Tensor, Tensor, Tensor]]) -> "Tree":
+    def of(cls, tokens: int, parts: list[Merges]) -> "Tree":
         """From merges in any order that is possible."""
         into, gone, cost = (torch.cat(part) for part in zip(*parts, strict=True))
         cost, order = cost.clamp(min=0).sort(stable=True)
@@ -58,7 +61,7 @@ def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
     x, square = centred(x)
     name = torch.arange(len(x), device=x.device)
     mean, size = x, torch.ones_like(square) if weight is None else weight.float().clone()
-    best, near = nearest(mean, size, name)
+    best, near = nearest(mean, size, square, name)
     merges = [(near[:0], near[:0], best[:0])]
     like = (best <= 2 * ROUNDING * size * square).nonzero()[:, 0]
     if len(like):
@@ -69,29 +72,52 @@ def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
         mean = torch.zeros_like(x).index_add_(0, first, x * size[:, None])[left]
         size = torch.zeros_like(size).index_add_(0, first, size)[left]
         name, mean = name[left], mean / size[:, None]
-        best, near = nearest(mean, size, torch.arange(len(name), device=x.device))
-    while len(name) > 1:
-        here = torch.arange(len(name), device=x.device)
-        a = ((near[near] == here) & (here < near)).nonzero()[:, 0]
-        if not len(a):                          # equal costs in a circle, by rounding: one pair will do
-            a = torch.minimum(here, near)[best.argmin()][None]
-            near[a] = torch.maximum(here, near)[best.argmin()]
+        best, near = nearest(mean, size, mean.square().sum(-1), torch.arange(len(name), device=x.device))
+    return Tree.of(len(x), merges + mutual(name, mean, size, best, near))
+
+
+def mutual(name: Tensor, mean: Tensor, size: Tensor, best: Tensor, near: Tensor) -> list[Merges]:
+    """All merges of clusters [C] that know which one is nearest, `near`, and what merging with it costs,
+    `best`.
+
+    Clusters whose nearest one has merged look for a new one: all of them, as long as these are `MANY` for
+    each merge so far, else only unions, and those that are nearest to one that knows. So nothing takes long,
+    even if one cluster is nearest to all.
+    """
+    merges, left, credit = [], len(name), 0
+    square = mean.square().sum(-1)              # infinity if a cluster is gone
+    knows = torch.ones_like(near, dtype=torch.bool)
+    while left > 1:
+        here = torch.arange(len(name), device=name.device)
+        one = torch.where(knows, best, torch.inf).argmin()
+        near[near[one]] = one                   # also if equal costs go in a circle, by rounding
+        a = (knows & knows[near] & (near[near] == here) & (here < near)).nonzero()[:, 0]
         b = near[a]
         merges.append((name[a], name[b], best[a]))
         both = size[a] + size[b]
         mean[a] = (size[a, None] * mean[a] + size[b, None] * mean[b]) / both[:, None]
         size[a] = both
-        merged = torch.zeros_like(here, dtype=torch.bool)
+        square[a] = mean[a].square().sum(-1)
+        square[b] = torch.inf
+        merged = torch.zeros_like(knows)
         merged[a] = merged[b] = True
-        stale = merged | merged[near]
-        left = torch.ones_like(merged)
-        left[b] = False
-        name, mean, size, best, near, stale = (t[left] for t in (name, mean, size, best, near, stale))
-        near = (left.cumsum(0) - 1)[near]
-        rows = stale.nonzero()[:, 0]
-        if len(name) > 1:
-            best[rows], near[rows] = nearest(mean, size, rows)
-    return Tree.of(len(x), merges)
+        knows &= ~(merged | merged[near])
+        left -= len(a)
+        credit += MANY * len(a)
+        if left <= len(name) // 2:
+            keep = square.isfinite()
+            near = (keep.cumsum(0) - 1)[near]
+            name, mean, size, square, best, near, knows, merged = (
+                t[keep] for t in (name, mean, size, square, best, near, knows, merged))
+        looking = ~knows & square.isfinite()
+        if looking.sum() > credit:
+            merged[near[knows]] = True
+            looking &= merged
+        looking = looking.nonzero()[:, 0]
+        credit -= len(looking)
+        best[looking], near[looking] = nearest(mean, size, square, looking)
+        knows[looking] = True
+    return merges
 
 
 class Trees:
@@ -151,12 +177,12 @@ def root(parent: Tensor) -> Tensor:
     return parent
 
 
-def nearest(mean: Tensor, size: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of some clusters, the cost of their cheapest merge and the other cluster: two of [rows].
+def nearest(mean: Tensor, size: Tensor, square: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of some clusters, the cost of their cheapest merge and the other cluster: two of [rows]. `square` [C]
+    are the squared lengths of the means, or infinity for clusters that are gone.
 
     cost = size A · size B / (size A + size B) · |mean A - mean B|²
     """
-    square = mean.square().sum(-1)                                                      # [C]
     found = []
     for part in rows.split(max(1, CHUNK_BYTES // (4 * len(mean)))):
         cost = torch.addmm(square, mean[part], mean.T, alpha=-2)                        # [part, C]

@@ -39,8 +39,8 @@ def some_weight(n: int, seed: int) -> Tensor:
 def rounds_of(x: Tensor) -> tuple[Tree, int, int]:
     """The tree, how often costs were computed, and how many."""
     honest, sizes = clusters.nearest, []
-    with patch.object(clusters, "nearest", lambda mean, size, rows: sizes.append(len(mean) * len(rows))
-                      or honest(mean, size, rows)):
+    with patch.object(clusters, "nearest", lambda mean, size, square, rows:
+                      sizes.append(len(mean) * len(rows)) or honest(mean, size, square, rows)):
         tree = ward(x)
     return tree, len(sizes), sum(sizes)
 
