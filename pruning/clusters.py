@@ -18,7 +18,7 @@ CHUNK_BYTES = 4 * 2 ** 20               # of the costs that are computed at once
 AT_ONCE = 512                           # tokens that are projected at once
 ROUNDING = 1e-6                         # of the squares of two tokens, in their squared distance
 REMEMBERED = 16                         # trees
-MANY = 4                                # clusters that look for their nearest one, for each merge
+MANY = 6                                # clusters that look for their nearest one, for each merge
 LLOYD = 3                               # rounds of Lloyd's algorithm
 
 Merges = tuple[Tensor, Tensor, Tensor]  # into, gone and cost, as in Tree

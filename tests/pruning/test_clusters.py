@@ -126,6 +126,18 @@ def test_few_costs_are_computed_of_random_tokens():
     assert rounds_of(noise(600, 32))[2] < 5 * 600 ** 2
 
 
+@pytest.mark.parametrize("beside", [0.0, 1.2])
+def test_few_costs_are_computed_where_one_token_is_nearest_to_all(beside):
+    """One in the middle, and the others around it at right angles; also with one more beside each."""
+    one, none = torch.eye(100), torch.zeros(100, 100)
+    around = [torch.cat((one, none), 1)] + [torch.cat((one, beside * one), 1)] * (beside > 0)
+    tree, _, costs = rounds_of(torch.cat((torch.zeros(1, 200), *around)))
+    assert costs <= 12 * tree.tokens ** 2 and len(tree.cost) == tree.tokens - 1
+    if not beside:                              # the middle takes one after the other
+        m = torch.arange(1, 101)
+        close(tree.cost, (m ** 2 + m - 1) / (m * (m + 1)), 1e-4)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf"), 1e30])
 def test_what_is_not_finite_is_refused(bad):
     x = noise(6, 4)
