@@ -18,23 +18,26 @@ FEW_KEYS = 16               # with fewer and no mask, torch's CPU kernel makes z
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
     """Attention of q [B, H, T, d] over k, v [B, G, N, d], each for H / G query heads; returns [B, T, H·d].
 
-    `mask` [B, 1 or G, T, N] is True where a query may look, or is added to the scores; None if all may look
-    everywhere, because fused kernels are only chosen then. Keys are never repeated. If there is one query
-    position, the heads that share a key become positions of one head: the same numbers, for any kernel. What
-    is not finite never becomes a number.
+    `mask` [B, 1 or G, 1 or T, N] is True where a query may look, or is added to the scores; None if all may
+    look everywhere, because the fastest kernels are only chosen then. Keys are never repeated. With a mask,
+    or if there is one query position, the heads that share a key become positions of one head: the same
+    numbers, and on CUDA the memory-efficient kernel, which takes masks, wants as many heads of keys as of
+    queries. What is not finite never becomes a number.
     """
     B, H, T, d = q.shape
-    share = H // k.shape[1]
+    G = k.shape[1]
+    share = H // G
     if mask is None and k.shape[2] < FEW_KEYS and q.is_cpu:
         mask = torch.ones(1, 1, T, k.shape[2], dtype=torch.bool)
         mask = mask.tril() if causal else mask
         causal = False
-    if T == 1:
-        return F.scaled_dot_product_attention(q.view(B, -1, share, d), k, v, attn_mask=mask).view(B, 1, H * d)
-    if mask is not None and mask.shape[1] > 1:              # a set of its own in every key/value head
-        mask = mask.repeat_interleave(share, dim=1)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=share > 1)
-    return out.transpose(1, 2).flatten(2)
+    if mask is None and T > 1:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=share > 1)
+    else:
+        if mask is not None and mask.shape[2] > 1:
+            mask = mask.repeat(1, 1, share, 1)                              # [B, 1 or G, H/G·T, N]
+        out = F.scaled_dot_product_attention(q.reshape(B, G, share * T, d), k, v, attn_mask=mask)
+    return out.reshape(B, H, T, d).transpose(1, 2).flatten(2)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:

@@ -37,7 +37,7 @@ def calls(monkeypatch) -> list[dict]:
     seen, real = [], layers.F.scaled_dot_product_attention
     monkeypatch.setattr(layers, "FEW_KEYS", 0)              # a CPU gets a mask where there are few keys
 
-    def record(q, k, v, attn_mask, is_causal=False, enable_gqa=False):
+    def record(q, k, v, attn_mask=None, is_causal=False, enable_gqa=False):
         seen.append({"q": tuple(q.shape), "k": tuple(k.shape), "v": tuple(v.shape), "mask": attn_mask,
                      "causal": is_causal, "gqa": enable_gqa})
         return real(q, k, v, attn_mask=attn_mask, is_causal=is_causal, enable_gqa=enable_gqa)

@@ -4,12 +4,13 @@ import math
 
 import pytest
 import torch
-from helpers import close, random_tiles, randomise
+from helpers import close, noise, random_tiles, randomise
 from small_model import CONFIG, CROSS, IMAGE, ROWS, SELF, SMALL, TOKENS, every_ratio, pad
 from torch import Tensor
 
 from model.cache import BUCKET
 from model.image_tokens import attention_mask, visible_images
+from model.layers import attend
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
 from weights import config_from_dict
@@ -92,6 +93,25 @@ def test_attention_without_shared_heads_does_not_ask_for_them(calls):
     config = config_from_dict(SMALL | {"text_config": SMALL["text_config"] | {"num_key_value_heads": 4}})
     randomise(LlamaVision(config), config.vision, 0)(torch.tensor([[5, 6]]), [None])
     assert len(calls) == SELF and not any(call["gqa"] for call in calls)
+
+
+@pytest.mark.parametrize("positions", [1, 5])
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("kind", ["where", "added"])
+def test_with_a_mask_heads_that_share_keys_are_positions_of_one_head(calls, positions, sets, kind):
+    """No kernel is asked to share them: on CUDA the memory-efficient one, which takes masks, cannot."""
+    q, k, v = noise(2, 6, 5, 4), noise(2, 2, 7, 4, seed=1), noise(2, 2, 7, 4, seed=2)
+    added = noise(2, sets, positions, 7, seed=3)
+    mask = added > -1 if kind == "where" else added
+    out = attend(q, k, v, mask)                                                         # [2, 5, 6 · 4]
+    assert calls[-1]["q"] == (2, 2, 3 * 5, 4) and not calls[-1]["gqa"] and calls[-1]["k"] == k.shape
+    bias = torch.zeros_like(added).masked_fill(~mask, -torch.inf) if kind == "where" else added
+    for b in range(2):
+        for head in range(6):
+            for t in range(5):
+                own = bias[b, head // 3 if sets == 2 else 0, t if positions == 5 else 0]
+                weights = (k[b, head // 3] @ q[b, head, t] / 2 + own).softmax(0)
+                close(out[b, t, 4 * head:4 * head + 4], weights @ v[b, head // 3])
 
 
 # ----- the encoder's shortcut
