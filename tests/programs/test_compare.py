@@ -79,8 +79,8 @@ def test_files_of_several_settings_are_one_table(run, tmp_path):
 
 
 def test_stored_results(run):
-    out = run(RESULTS / "scenes.json", "--method", "spatial")
-    assert out.count("spatial, keep") == 6 and out.count("\ndownsample ") == 6
+    out = run(RESULTS / "curve.json", "--method", "coreset")
+    assert out.count("coreset, keep") == 6 and out.count("\nspatial ") == 6
 
 
 @pytest.mark.parametrize(("change", "words"), [

@@ -9,6 +9,7 @@ import pytest
 import generate
 from answers import size
 from benchmarks.tables import milliseconds
+from cli import labelled
 from pruning import METHODS, Pruner, hooks, load
 
 ROOT = Path(__file__).parents[2]
@@ -75,27 +76,31 @@ def rows_of(page: str, corner: str) -> list[list[str]]:
 
 
 @pytest.mark.parametrize(("page", "name", "corner"), [
-    ("README.md", "scenes.json", "`--keep`"), ("pruning/README.md", "scenes.json", "`--keep`"),
-    ("pruning/README.md", "scenes_first_layer.json", "`full_layers=0`, `--keep`"),
-    ("pruning/README.md", "all.json", "all methods, `--keep`")])
+    ("README.md", "curve", "`--keep`"),
+    ("pruning/README.md", "every_layer", "every layer reads what is kept, `--keep`"),
+    ("pruning/README.md", "first_layer_whole", "first layer reads everything, `--keep`"),
+    ("pruning/README.md", "after_prefill", "cache cut after prefill, `--keep`"),
+    ("docs/CORESET.md", "guide", "`weights/guide`, `--keep`"),
+    ("docs/CORESET.md", "guide_first_layer_whole", "`weights/guide`, first layer reads everything, `--keep`"),
+    ("docs/CORESET.md", "guide_after_prefill", "`weights/guide`, cut after prefill, `--keep`")])
 def test_pruning_tables_are_those_of_the_stored_evaluations(page, name, corner):
     (_, *keeps), *lines = rows_of((ROOT / page).read_text(encoding="utf-8"), corner)
-    made, expected = json.loads((ROOT / "evaluation" / "results" / name).read_text(encoding="utf-8")), {}
-    assert made["questions"] == 2000
-    for row in made["rows"][1:]:
-        assert ("full_layers" in row["options"]) == ("full_layers=0" in corner)
-        cell = f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
-        expected[row["method"], f"{row['keep']:g}"] = cell
-    assert len(keeps) >= 6 and len(expected) == len(keeps) * len(lines)
+    made = stored(f"evaluation/results/{name}.json")
+    assert made["questions"] == 2000 and made["settings"]["split"] == "test"
+    rows = made["rows"][1:]
+    labels = labelled([(row["method"], row["options"]) for row in rows])
+    expected = {(label, f"{row['keep']:g}"): f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})"
+                for (label, _), row in zip(labels, rows, strict=True)}
+    assert len(expected) == len(keeps) * len(lines)
     for method, *cells in lines:
         assert cells == [expected[method, keep] for keep in keeps]
 
 
-MEASURED = (ROOT / "pruning" / "README.md").read_text(encoding="utf-8")
-
-
 def stored(name: str) -> dict:
     return json.loads((ROOT / name).read_text(encoding="utf-8"))
+
+
+MEASURED = (ROOT / "pruning" / "README.md").read_text(encoding="utf-8")
 
 
 def percent(*shares: float) -> list[str]:
