@@ -100,6 +100,17 @@ def stored(name: str) -> dict:
     return json.loads((ROOT / name).read_text(encoding="utf-8"))
 
 
+def test_the_table_of_heights_is_that_of_the_stored_evaluation():
+    (_, *heights), *lines = rows_of((ROOT / "docs" / "CORESET.md").read_text(encoding="utf-8"),
+                                    "`height`, `--keep 1.0`")
+    rows = stored("evaluation/results/heights.json")["rows"][1:]
+    assert len(rows) == len(heights) * len(lines) and {row["keep"] for row in rows} == {1.0}
+    for (label, *cells), question in zip(lines, (None, 0), strict=True):
+        own = [row for row in rows if row["options"].get("question") == question]
+        assert [str(row["options"]["height"]) for row in own] == heights
+        assert cells == [f"{100 * row['accuracy']:.1f} ({100 * row['kept']:.0f})" for row in own], label
+
+
 MEASURED = (ROOT / "pruning" / "README.md").read_text(encoding="utf-8")
 
 
