@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import tables
+from benchmarks.masks import masks
 from benchmarks.measure import ceilings, machine, times_in_turns
 from benchmarks.methods import methods
 from benchmarks.parts import EAGER, FULL, PEER, STATIC, Bench, Samples
@@ -31,6 +32,7 @@ from benchmarks.peer import Peer, import_transformers
 from benchmarks.plot import plot
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import waterfall
+from benchmarks.whole import whole
 from cli import Parser, check_output, parse_pruner, parse_pruners, whole_number, writing
 from evaluation.plot import check_plot
 from generate import generate
@@ -59,7 +61,7 @@ def arguments() -> argparse.Namespace:
     add("--new-tokens", type=whole_number, default=32, metavar="N",
         help="decode steps of an answer; default 32")
     add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
-    add("--keep", metavar="R", help="its keep ratio")
+    add("--keep", metavar="R", help="its keep ratio; with --methods and --whole also several: 0.5,0.1")
     add("--set", action="append", default=[], metavar="K=V",
         help="one of its options; with --methods of all that have it, or P.K=V")
     add("--against", choices=[PEER], help="on the same weights, in turns")
@@ -67,6 +69,8 @@ def arguments() -> argparse.Namespace:
     add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
     add("--waterfall", action="store_true", help="only what each optimisation of decoding gains, in a row")
     add("--methods", metavar="P,...", help="only what each of these methods (or 'all') costs and stores")
+    add("--whole", metavar="P,...",
+        help="only what each of them costs and saves in the complete model, put together from a slice")
     add("--json", type=Path, metavar="F", help="write all of it")
     add("--plot", type=Path, metavar="F", help="draw it: .png, .svg or .pdf")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
@@ -107,12 +111,17 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
     made = {"machine": machine(subject.device), "versions": versions(peers), "command": spoken(sys.argv[1:]),
             "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": [],
-            "methods": []}
+            "methods": [], "whole": [], "masks": []}
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
     if args.methods is not None:
         say("methods")
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["methods"] = methods(subject, pruners, *one, random=args.model is None)
+    elif args.whole is not None:
+        made["about"] = bench.about(1, args.tiles[0])
+        made["whole"] = whole(subject, pruners, args.tiles, *one[2:], random=args.model is None)
+        say("masks")
+        made["masks"] = masks(subject, args.tiles, args.prompt_tokens, args.repeat)
     elif args.waterfall:
         say("waterfall")
         made["about"] = bench.about(args.batch[0], args.tiles[0])
@@ -139,9 +148,10 @@ def check(args: argparse.Namespace) -> list[Pruner]:
     check_output("--json", args.json)
     if args.against is not None:
         import_transformers()
-    if args.methods is not None:
-        keep = "0.25" if args.keep is None else args.keep
-        return [Pruner(), *parse_pruners(args.methods, [keep], args.set)]
+    several = args.whole if args.methods is None else args.methods
+    if several is not None:
+        keeps = "0.25" if args.keep is None else args.keep
+        return [Pruner(), *parse_pruners(several, keeps.split(","), args.set)]
     own = parse_pruner(args.prune, args.keep, args.set)
     kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
     return [Pruner(), *kept, *([] if own is None or own.keeps_all else [own])]
@@ -164,9 +174,12 @@ def check_together(args: argparse.Namespace):
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
     others = args.preset or args.waterfall or args.prune or args.against or args.plot
-    if args.methods is not None and others:
+    if args.methods is not None and (others or args.whole is not None):
         raise ValueError("--methods is a measurement of its own, and a table: leave out --preset, "
-                         "--waterfall, --prune, --against and --plot")
+                         "--waterfall, --prune, --against, --plot and --whole")
+    if args.whole is not None and (others or args.batch != [1]):
+        raise ValueError("--whole is a measurement of its own, and a table, of one question: leave out "
+                         "--preset, --waterfall, --prune, --against, --plot and --batch")
 
 
 def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subject, Samples]:

@@ -4,7 +4,8 @@ All methods take turns, in a new order in every round, so that what one leaves b
 does not always affect the same one after it. In its round a method answers twice: once as it is, for the
 times of prefill and of a decoded token, and once with a clock on its own work (benchmarks/timed.py). The
 difference to the same time without a method is what a method costs or gains in total: a second branch that
-decoding reads counts there, and not as own work. Encoding the image counts for no method. Bytes read are
+decoding reads counts there, and not as own work. Each answer has a pruner of its own, so nothing that it
+remembers of the image helps. Encoding the image counts for no method. Bytes read are
 those that attention reads in a decode step; what a method looks up to choose is own work. If the weights
 are random, so are those of a guide and of trained parts.
 """
@@ -82,8 +83,8 @@ def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
 def one_round(subject: Subject, pruner: Pruner, ids: Tensor, image: ImageTokens, new_tokens: int
               ) -> dict[str, float]:
     """Times of one answer, and own work and bytes of another one."""
-    answer = subject.answer(ids, image, new_tokens, pruner)
-    clock = Timed(pruner, subject.device)
+    answer = subject.answer(ids, image, new_tokens, replace(pruner))
+    clock = Timed(replace(pruner), subject.device)
     watched = subject.answer(ids, image, new_tokens, clock)
     return {"own_prefill_ms": clock.ms["prefill"],
             "own_token_ms": clock.ms["decode"] / new_tokens,

@@ -30,7 +30,8 @@ def text(made: dict) -> str:
 
 
 def all_tables(made: dict) -> list[Table]:
-    return [table for table in (main_table(made), table2(made), bars(made), costs(made)) if len(table) > 1]
+    tables = main_table(made), table2(made), bars(made), costs(made), complete(made), masks(made)
+    return [table for table in tables if len(table) > 1]
 
 
 def main_table(made: dict) -> Table:
@@ -97,6 +98,29 @@ def costs(made: dict) -> Table:
             line += [milliseconds(row[name]), milliseconds(row[name] - made["methods"][0][name], "+")]
         lines.append([*line, size(row["stored_bytes"]), size(row["read_bytes"])])
     return [head, *lines]
+
+
+def complete(made: dict) -> Table:
+    """What each method costs and saves in the complete model."""
+    head = ["tiles", "image tokens", "method", "own work", "of encode and prefill", "keys and values saved",
+            "peak memory of own work", "prefill", "first token", "decode, a token", "image KV"]
+    lines = []
+    for row in made.get("whole", []):           # files of before have none
+        all_work = row["encode_ms"] + row["full_prefill_ms"]
+        lines.append([str(row["tiles"]), row["features"], f"{row['method']} {row['keep']:g}",
+                      milliseconds(row["own_ms"]), f"{row['own_ms'] / all_work:.2%}",
+                      milliseconds(row["saved_ms"]), dash(row["own_bytes"], size),
+                      milliseconds(row["prefill_ms"]), milliseconds(row["encode_ms"] + row["prefill_ms"]),
+                      milliseconds(row["token_ms"]), size(row["image_kv_bytes"])])
+    return [head, *lines]
+
+
+def masks(made: dict) -> Table:
+    """What attention costs with a mask and with a bias."""
+    head = ["attention in", "query positions", "image tokens", "no mask", "mask", "bias", "bias / no mask"]
+    return [head, *([row["dtype"], str(row["positions"]), str(row["tokens"]), milliseconds(row["none_ms"]),
+                     milliseconds(row["mask_ms"]), milliseconds(row["bias_ms"]),
+                     f"{row['bias_ms'] / row['none_ms']:.2f}"] for row in made.get("masks", []))]
 
 
 def notes(made: dict) -> list[str]:
@@ -173,6 +197,8 @@ def title(made: dict) -> str:
         what = ": waterfall"
     elif made["methods"]:
         what = ": methods"
+    elif made.get("whole"):
+        what = ": the complete model, put together"
     return f"{about['shape']}, {about['layers']} decoder layers, {about['dtype']}, {about['device']}{what}"
 
 

@@ -135,6 +135,8 @@ def test_what_methods_add(run_benchmark):
     (["--json", "no/such/folder/x.json"], "there is no folder"), (["--plot", "x.gif"], "must end in"),
     (["--plot", "no/such/folder/x.png"], "there is no folder"),
     (["--methods", "all", "--prune", "fastv"], "leave out"), (["--methods", "some"], "no pruning method"),
+    (["--methods", "all", "--whole", "all"], "leave out"), (["--whole", "all", "--batch", "2"], "leave out"),
+    (["--whole", "random", "--keep", "0.5,2.0"], "keep is 2.0"),
     (["--preset", "table3"], "invalid choice"), (["--preset", "table2", "--waterfall"], "give one of them"),
 ])
 def test_bad_input_is_one_line_before_anything_is_measured(monkeypatch, capsys, argv, words):
