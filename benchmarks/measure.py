@@ -11,12 +11,15 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Hashable, Mapping
+import weakref
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.clock import drain
 
@@ -105,6 +108,40 @@ def _bytes_in_use(line: str) -> int:
     """What /proc says of this process, which counts in kB."""
     status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
     return next(int(text.split()[1]) * 1024 for text in status.splitlines() if text.startswith(line + ":"))
+
+
+class Allocated(TorchDispatchMode):
+    """A context that counts the bytes of tensors that are alive of those made inside: `peak`, the most there
+    were. What a kernel uses inside, and what the allocator holds back, is not among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet()
+
+    def free(self, size: int):
+        self.now -= size
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        given = {id(tensor.untyped_storage()) for tensor in tensors((args, kwargs or {}))}
+        result = function(*args, **(kwargs or {}))
+        for tensor in tensors(result):
+            storage = tensor.untyped_storage()
+            if storage not in self.known and id(storage) not in given:
+                self.known.add(storage)
+                weakref.finalize(storage, self.free, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+        return result
+
+
+def tensors(value: object) -> Iterator[Tensor]:
+    """All tensors in lists, tuples and dictionaries."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from tensors(part)
 
 
 def machine(device: torch.device) -> dict[str, object]:

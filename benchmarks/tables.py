@@ -109,7 +109,7 @@ def complete(made: dict) -> Table:
         all_work = row["encode_ms"] + row["full_prefill_ms"]
         lines.append([str(row["tiles"]), row["features"], f"{row['method']} {row['keep']:g}",
                       milliseconds(row["own_ms"]), f"{row['own_ms'] / all_work:.2%}",
-                      milliseconds(row["saved_ms"]), dash(row["own_bytes"], size),
+                      milliseconds(row["saved_ms"]), size(row["own_bytes"]),
                       milliseconds(row["prefill_ms"]), milliseconds(row["encode_ms"] + row["prefill_ms"]),
                       milliseconds(row["token_ms"]), size(row["image_kv_bytes"])])
     return [head, *lines]

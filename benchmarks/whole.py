@@ -3,8 +3,8 @@
 Encoder layers are alike, and so are the layers of each kind in the decoder: what one more costs is measured,
 and counted as often as the complete model has it. Layers after the second cross-attention layer count like
 the second, so the slice has to have two. A method's own work is that of its hooks; what it saves in prefill
-are keys and values that no layer makes. Its peak memory is the most that one of its hooks adds. Each answer
-has a pruner of its own, so nothing that it remembers of the image helps.
+are keys and values that no layer makes. Its peak memory is that of the tensors in one of its hooks. Each
+answer has a pruner of its own, so nothing that it remembers of the image helps.
 
 What a method does may depend on how the image tokens lie. So there are two kinds: `normal`, random numbers
 that are all equally unlike each other, and `smooth`, in each tile a random field of `COARSE` x `COARSE`
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import in_turns, peak_added, timed
+from benchmarks.measure import Allocated, in_turns, timed
 from benchmarks.methods import for_random_weights
 from benchmarks.subject import Subject, depths
 from benchmarks.timed import Timed
@@ -54,14 +54,14 @@ class Watched(Timed):
 
 
 class Peak(Watched):
-    """Instead of the time that hooks take, the most bytes that one of them adds; None if no one knows."""
-    bytes: int | None = 0
+    """Instead of the time that hooks take, the most bytes of tensors that one of them makes at a time."""
+    bytes = 0
 
     def _time(self, part: str, hook: Callable):
-        made = []
-        added = peak_added(lambda: made.append(hook()), self.device)
-        self.bytes = None if added is None else max(self.bytes, added)
-        return made[0]
+        with Allocated() as allocated:
+            result = hook()
+        self.bytes = max(self.bytes, allocated.peak)
+        return result
 
 
 def whole(subject: Subject, pruners: list[Pruner], tiles: list[int], prompt_tokens: int, new_tokens: int,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image, visible_tokens
 
-CHUNK_BYTES = 32 * 2 ** 20          # of the weights that are made at once
+CHUNK_BYTES = 16 * 2 ** 20          # of the weights that are made at once
 
 
 def attention_received(queries: Queries, kv: ImageKV, positions: Literal["all", "last"] | Tensor = "all",
@@ -111,4 +111,4 @@ def peak_bytes(heads: int, kv_heads: int, tokens: int, width: int) -> int:
     """The most that `attention_received` holds at a time beside its arguments, for a prompt of any length:
     the keys in fp32, scores and weights of a chunk, and the sums."""
     chunk = positions_at_once(heads, tokens) * heads * (tokens + width) * 4
-    return kv_heads * tokens * width * 4 + 2 * chunk + heads * tokens * 4
+    return kv_heads * tokens * width * 4 + 2 * chunk + 2 * heads * tokens * 4

@@ -71,7 +71,7 @@ class Clusters:
             each = torch.where(w > 0, part.float() * w, 0)          # padding may hold NaN
             total.scatter_add_(2, index[..., None].expand_as(each), each)
         weight = self.sum(self.weight)[..., None]
-        return (total / torch.where(weight > 0, weight, 1)).to(x.dtype)
+        return total.div_(torch.where(weight > 0, weight, 1)).to(x.dtype)
 
     def ln_size(self) -> Tensor:
         """ln of the number of tokens that each one stands for, [B, K, n] fp32; 0 for padding."""
@@ -109,5 +109,6 @@ def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,
         for b in there.any(1).nonzero()[:, 0].tolist():
             own = there[b].nonzero()[:, 0]
             for g in range(sets.shape[1]):
-                owner[b, g, own] = own[cluster(sets[b, g, own], weight[b, own], coords[b, own, 1])]
+                compared = sets[b, g] if len(own) == x.shape[-2] else sets[b, g, own]       # without a copy
+                owner[b, g, own] = own[cluster(compared, weight[b, own], coords[b, own, 1])]
     return owner.view(x.shape[:-1])

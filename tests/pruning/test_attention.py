@@ -1,14 +1,12 @@
 """Attention as methods compute it, against plain loops in float64, and the memory that it takes."""
 import math
-import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import Allocated
 from model.image_tokens import ImageKV, Queries
 from pruning import attention
 from pruning.attention import attention_received, peak_bytes, positions_at_once
@@ -140,42 +138,10 @@ def test_chunks_have_the_positions_they_are_said_to_have(monkeypatch):
 # ----- memory
 
 
-class Allocated(TorchDispatchMode):
-    """Bytes of the storages that are alive of those made inside, and the most there were."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known = weakref.WeakSet()
-
-    def free(self, size: int):
-        self.now -= size
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tensors((args, kwargs or {}))}
-        result = function(*args, **(kwargs or {}))
-        for tensor in tensors(result):
-            storage = tensor.untyped_storage()
-            if storage not in self.known and id(storage) not in given:
-                self.known.add(storage)
-                weakref.finalize(storage, self.free, storage.nbytes())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-        return result
-
-
-def tensors(value) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from tensors(part)
-
-
 def test_peak_bytes_of_the_11b_model():
     """A 512-token prompt about an image of four tiles: 32 query heads, 8 key/value heads, 6,404 tokens."""
-    assert peak_bytes(32, 8, 6404, 128) < 150e6
-    assert positions_at_once(32, 6404) == 2 ** 25 // (32 * 6404 * 4) == 40
+    assert peak_bytes(32, 8, 6404, 128) < 75e6
+    assert positions_at_once(32, 6404) == 2 ** 24 // (32 * 6404 * 4) == 20
 
 
 @pytest.mark.parametrize("positions", [ALL, LAST])
