@@ -33,6 +33,7 @@ from pruning import Pruner
 
 COARSE = 6                              # numbers in a row of a smooth field
 NOISE = 0.3                             # its standard deviation; that of the field is 1
+SHORT = 5                               # how often short jobs are timed in a round: their median counts
 
 
 class Watched(Timed):
@@ -148,13 +149,13 @@ class Parts:
         """A job: the keys and values of n tokens in one layer."""
         image = ImageTokens(self.image.features[:, :n], self.image.coords[:, :n])
         layer = self.subject.model.language_model.cross_layers[0]
-        return partial(timed, partial(layer.keys_values, image), self.subject.device)
+        return partial(often, partial(layer.keys_values, image), self.subject.device)
 
     def head(self) -> Callable[[], float]:
         """A job: the logits of one token."""
         head = self.subject.model.lm_head
         one = head.weight.new_ones(1, 1, head.in_features)
-        return partial(timed, partial(head, one), self.subject.device)
+        return partial(often, partial(head, one), self.subject.device)
 
     def row(self, pruner: Pruner, clock: Peak, results: dict, number: int) -> dict:
         """Medians; of prefill and of a decoded token put together for the complete decoder."""
@@ -171,6 +172,11 @@ class Parts:
                 "token_ms": self.subject.complete_prefill(token, text, head),
                 "image_kv_bytes": sum(deeper(clock.cached, layers)),
                 "slice_prefill_ms": ms(results[number], "prefill")}
+
+
+def often(job: Callable, device: torch.device) -> float:
+    """Milliseconds of a short job."""
+    return statistics.median(timed(job, device) for _ in range(SHORT))
 
 
 def ms(results: list, part: str | None = None) -> float:
