@@ -82,7 +82,10 @@ def rows_of(page: str, corner: str) -> list[list[str]]:
     ("pruning/README.md", "after_prefill", "cache cut after prefill, `--keep`"),
     ("docs/CORESET.md", "guide", "`weights/guide`, `--keep`"),
     ("docs/CORESET.md", "guide_first_layer_whole", "`weights/guide`, first layer reads everything, `--keep`"),
-    ("docs/CORESET.md", "guide_after_prefill", "`weights/guide`, cut after prefill, `--keep`")])
+    ("docs/CORESET.md", "guide_after_prefill", "`weights/guide`, cut after prefill, `--keep`"),
+    ("docs/CORESET.md", "seed1", "seed 1, `--keep`"),
+    ("docs/CORESET.md", "seed1_first_layer_whole", "seed 1, first layer reads everything, `--keep`"),
+    ("docs/CORESET.md", "seed1_after_prefill", "seed 1, cut after prefill, `--keep`")])
 def test_pruning_tables_are_those_of_the_stored_evaluations(page, name, corner):
     (_, *keeps), *lines = rows_of((ROOT / page).read_text(encoding="utf-8"), corner)
     made = stored(f"evaluation/results/{name}.json")
