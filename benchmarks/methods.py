@@ -41,8 +41,11 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
         keep_states = any(pruner.keep_states for pruner in pruners)
-        images = {str(pruner): subject.model.encode([subject.tiles(tiles, pruner)], keep_states)
-                  for pruner in pruners}
+        views = {str(pruner): subject.tiles(tiles, pruner) for pruner in pruners}
+        images: dict[str, ImageTokens] = {}
+        for name, view in views.items():
+            same = next((other for other in images if torch.equal(views[other].pixels, view.pixels)), None)
+            images[name] = subject.model.encode([view], keep_states) if same is None else images[same]
         ids = subject.prompt(batch, prompt_tokens)
         rounds: dict[str, list[dict[str, float]]] = {str(pruner): [] for pruner in pruners}
         order = Random(0)
@@ -71,6 +74,8 @@ def for_random_weights(pruner: Pruner, config: Config, folder: Path) -> Pruner:
         said = {"model_type": "mllama", "image_token_index": small.image_token_index,
                 "text_config": asdict(small.text), "vision_config": asdict(small.vision)}
         said["vision_config"]["attention_heads"] = small.vision.num_attention_heads
+        if small.text.rope_scaling is not None:
+            said["text_config"]["rope_scaling"]["rope_type"] = "llama3"
         (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
     if "weights" in names:
         vision = config.vision

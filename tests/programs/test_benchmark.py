@@ -4,6 +4,7 @@ On a tiny network, and nothing here depends on how fast anything is. Eager decod
 decoding, and this project for transformers, except in the tests of the real peer.
 """
 import shlex
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,12 @@ from small_benchmark import CONFIG, CPU
 
 import benchmark
 from benchmarks import parts, tables
+from benchmarks.methods import for_random_weights
 from benchmarks.peer import Peer
 from benchmarks.subject import random_model
+from model.config import RopeScaling
 from pruning import Pruner, load
+from weights import read_config
 
 pytestmark = pytest.mark.usefixtures("small_measurements")
 
@@ -117,6 +121,14 @@ def test_what_methods_add(run_benchmark):
     assert fastv["stored_bytes"] >= whole["stored_bytes"] > fastv["read_bytes"]     # chooses from all again
     assert fastv["own_token_ms"] > random["own_token_ms"] and random["own_prefill_ms"] > 0
     assert all(word in out for word in ("random 0.5", "fastv 0.5", "image KV stored"))
+
+
+def test_a_random_guide_has_the_rotary_embedding_of_the_model(tmp_path):
+    rope = RopeScaling(factor=4.0)
+    config = replace(CONFIG, text=replace(CONFIG.text, rope_scaling=rope))
+    assert for_random_weights(load("sgl"), config, tmp_path).guide == str(tmp_path)
+    guide = read_config(tmp_path)
+    assert guide.text.rope_scaling == rope and guide.text.cross_attention_layers == (1,)
 
 
 # ----- bad input
