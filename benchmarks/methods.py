@@ -36,7 +36,7 @@ GUIDE = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 
 def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, prompt_tokens: int,
             new_tokens: int, repeat: int, random: bool) -> list[dict]:
     """A row for each: medians of milliseconds, and bytes for one question; `random` if the weights are."""
-    labels = [label for label, _ in labelled([(pruner.name, pruner.options_set()) for pruner in pruners])]
+    labels = labels_of(pruners)
     with TemporaryDirectory() as folder:
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
@@ -57,6 +57,11 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
                     rounds[str(pruner)].append(measured)
     return [{"method": label, "keep": pruner.keep, **medians(rounds[str(pruner)])}
             for label, pruner in zip(labels, pruners, strict=True)]
+
+
+def labels_of(pruners: list[Pruner]) -> list[str]:
+    """What to call each: its name, and what differs between several of the same name."""
+    return [label for label, _ in labelled([(pruner.name, pruner.options_set()) for pruner in pruners])]
 
 
 def medians(rounds: list[dict[str, float]]) -> dict[str, float]:

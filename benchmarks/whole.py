@@ -22,10 +22,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.measure import Allocated, in_turns, timed
-from benchmarks.methods import for_random_weights
+from benchmarks.methods import for_random_weights, labels_of
 from benchmarks.subject import Subject, depths
 from benchmarks.timed import Timed
-from cli import labelled
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.vision import Layout
 from program import say
@@ -73,7 +72,7 @@ def whole(subject: Subject, pruners: list[Pruner], tiles: list[int], prompt_toke
     """
     if depths(subject.config)[0] < min(2, depths(subject.complete)[0]):
         raise ValueError("--whole: the slice has one cross-attention layer; it needs two (--layers 9)")
-    labels = [label for label, _ in labelled([(pruner.name, pruner.options_set()) for pruner in pruners])]
+    labels = labels_of(pruners)
     rows = []
     with TemporaryDirectory() as folder:
         if random:

@@ -125,6 +125,11 @@ class ImageKV:
         bias = None if self.bias is None else self.bias.expand(-1, sets, -1).take_along_dim(order, 2)
         return ImageKV(self.key[sequence, head, order], self.value[sequence, head, order], coords, mask, bias)
 
+    def sequence(self, b: int) -> "ImageKV":
+        """Those of one sequence, as a batch of one."""
+        mask, bias = (None if each is None else each[b:b + 1] for each in (self.mask, self.bias))
+        return ImageKV(self.key[b:b + 1], self.value[b:b + 1], self.coords[b:b + 1], mask, bias)
+
     def decode_mask(self) -> Tensor | None:
         """[B, K, 1, N] for the one query position of a decode step: where it may look (bool), or what is
         added to its scores if there is a bias."""

@@ -65,15 +65,14 @@ def attention_weights(queries: Queries, kv: ImageKV, b: int, asked: Tensor,
     q = queries.q[b]                                                                    # [H, T, d]
     key = kv.key[b].float()                                                             # [G, N, d]
     H, N = len(q), key.shape[1]
-    mask, bias = (None if each is None else each[b:b + 1] for each in (kv.mask, kv.bias))
-    own = ImageKV(kv.key[b:b + 1], kv.value[b:b + 1], kv.coords[b:b + 1], mask, bias)
+    own = kv.sequence(b)
     wanted = (asked & (seen[:, 0] < seen[:, 1])).nonzero()[:, 0]
     if not len(wanted):
         return
     for which in wanted.split(positions_at_once(H, N)):
         scores = attention_scores(q[:, which], key)                                     # [H, t, N]
-        if bias is not None:
-            scores += bias[0].repeat_interleave(H // bias.shape[1], 0)[:, None]
+        if own.bias is not None:
+            scores += own.bias[0].repeat_interleave(H // own.bias.shape[1], 0)[:, None]
         sees = visible_tokens(seen[None, which], own)[0]                                # [K, t, N]
         if not sees.all():
             scores.masked_fill_(~sees.repeat_interleave(H // len(sees), 0), -math.inf)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pruning.select import refuse_nan
+from pruning.select import evenly_spaced, refuse_nan
 
 CHUNK_BYTES = 4 * 2 ** 20               # of the costs that are computed at once
 AT_ONCE = 512                           # tokens that are projected at once
@@ -72,20 +72,21 @@ def ward(x: Tensor, weight: Tensor | None = None) -> Tree:
         mean = torch.zeros_like(x).index_add_(0, first, x * size[:, None])[left]
         size = torch.zeros_like(size).index_add_(0, first, size)[left]
         name, mean = name[left], mean / size[:, None]
-        best, near = nearest(mean, size, mean.square().sum(-1), torch.arange(len(name), device=x.device))
-    return Tree.of(len(x), merges + mutual(name, mean, size, best, near))
+        square = mean.square().sum(-1)
+        best, near = nearest(mean, size, square, torch.arange(len(name), device=x.device))
+    return Tree.of(len(x), merges + mutual(name, mean, size, square, best, near))
 
 
-def mutual(name: Tensor, mean: Tensor, size: Tensor, best: Tensor, near: Tensor) -> list[Merges]:
+def mutual(name: Tensor, mean: Tensor, size: Tensor, square: Tensor, best: Tensor, near: Tensor
+           ) -> list[Merges]:
     """All merges of clusters [C] that know which one is nearest, `near`, and what merging with it costs,
-    `best`.
+    `best`. `square` is as in `nearest`; all but the names are used up.
 
     Clusters whose nearest one has merged look for a new one: all of them, as long as these are `MANY` for
     each merge so far, else only unions, and those that are nearest to one that knows. So nothing takes long,
     even if one cluster is nearest to all.
     """
     merges, left, credit = [], len(name), 0
-    square = mean.square().sum(-1)              # infinity if a cluster is gone
     knows = torch.ones_like(near, dtype=torch.bool)
     while left > 1:
         here = torch.arange(len(name), device=name.device)
@@ -212,7 +213,7 @@ def spaced(x: Tensor, clusters: int) -> Tensor:
     """Every n-th token stays, and each of the others x [N, d] goes to the nearest of these, [N]."""
     x, _ = centred(x)
     rank = torch.arange(len(x), device=x.device)
-    centres = (rank * clusters % len(x) < clusters).nonzero()[:, 0]
+    centres = evenly_spaced(rank, clusters, len(x)).nonzero()[:, 0]
     owner = centres[closest(x, x[centres])]
     owner[centres] = centres                    # equal tokens may be nearer to another one
     return owner
@@ -233,8 +234,7 @@ def k_centre(x: Tensor, clusters: int) -> Tensor:
         count = torch.bincount(group, minlength=clusters)[:, None]
         mean = torch.where(count > 0, torch.zeros_like(mean).index_add_(0, group, x) / count, mean)
     group = closest(x, mean)
-    here = torch.arange(len(x), device=x.device)
-    return torch.full_like(here, len(x)).scatter_reduce_(0, group, here, "amin")[group]
+    return least(torch.arange(len(x), device=x.device), group)
 
 
 def closest(x: Tensor, centres: Tensor) -> Tensor:
@@ -248,6 +248,9 @@ def central(x: Tensor, owner: Tensor) -> Tensor:
     count = torch.bincount(owner, minlength=len(x)).clamp(min=1)[:, None]
     mean = torch.zeros_like(x).index_add_(0, owner, x) / count
     distance = (x - mean[owner]).square().sum(-1)
-    least = torch.full_like(distance, torch.inf).scatter_reduce_(0, owner, distance, "amin")
-    best = torch.where(distance == least[owner], here, len(x))
-    return torch.full_like(here, len(x)).scatter_reduce_(0, owner, best, "amin")[owner]
+    return least(torch.where(distance == least(distance, owner), here, len(x)), owner)
+
+
+def least(values: Tensor, group: Tensor) -> Tensor:
+    """The least of the values [N] in the group of each token, a number below N: [N]."""
+    return torch.zeros_like(values).scatter_reduce_(0, group, values, "amin", include_self=False)[group]

@@ -4,13 +4,10 @@ The encoder itself never makes attention weights. They are computed here from th
 layer (`EncoderStates.entering`). Every tile has a class token, and the layer attends across the tiles of an
 image, so all class tokens of an image are asked about all its tokens. Padding is left out, though the encoder
 sees it.
-B batch, N image tokens, n tokens of one image, E width of the encoder, H heads, d head width.
+n tokens of one image, E width of the encoder, H heads, d head width.
 """
-from collections.abc import Iterator
-
 from torch import Tensor
 
-from model.image_tokens import ImageTokens, each_image
 from model.layers import split_heads
 from model.vision import VisionLayer
 from pruning.attention import attention_scores
@@ -30,11 +27,3 @@ def class_attention(layer: VisionLayer, states: Tensor, is_class: Tensor,
     received = attention_scores(query, key).softmax(-1).mean(0).sum(0)
     refuse_nan(received)
     return received, key
-
-
-def single_images(image: ImageTokens) -> Iterator[tuple[int, Tensor]]:
-    """For every image of every sequence: the sequence, and the indices [n] of the image's tokens in it."""
-    for there in each_image(image):
-        for b, own in enumerate(there):
-            if own.any():
-                yield b, own.nonzero()[:, 0]

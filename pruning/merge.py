@@ -10,7 +10,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from model.image_tokens import ImageKV, ImageTokens, each_image
+from model.image_tokens import ImageKV, ImageTokens
+from pruning.select import single_images
 
 AT_ONCE = 512               # tokens that are read in fp32 at a time
 TINY = 1e-30                # less than any norm that counts
@@ -104,11 +105,8 @@ def owners(tokens: ImageTokens | ImageKV, x: Tensor, weight: Tensor,
     sets = x if x.ndim == 4 else x[:, None]
     owner = torch.arange(x.shape[-2], device=x.device).repeat(*sets.shape[:2], 1)       # [B, G or 1, N]
     coords = tokens.coords if tokens.coords.ndim == 3 else tokens.coords[:, 0]
-    for there in each_image(tokens):
-        there = there if there.ndim == 2 else there[:, 0]
-        for b in there.any(1).nonzero()[:, 0].tolist():
-            own = there[b].nonzero()[:, 0]
-            for g in range(sets.shape[1]):
-                compared = sets[b, g] if len(own) == x.shape[-2] else sets[b, g, own]       # without a copy
-                owner[b, g, own] = own[cluster(compared, weight[b, own], coords[b, own, 1])]
+    for b, own in single_images(tokens):
+        for g in range(sets.shape[1]):
+            compared = sets[b, g] if len(own) == x.shape[-2] else sets[b, g, own]           # without a copy
+            owner[b, g, own] = own[cluster(compared, weight[b, own], coords[b, own, 1])]
     return owner.view(x.shape[:-1])

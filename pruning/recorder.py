@@ -50,10 +50,9 @@ class Recorder(Wrapper):
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         if self.attention:
-            mask, bias = (None if each is None else each[:1] for each in (kv.mask, kv.bias))
-            first = ImageKV(kv.key[:1], kv.value[:1], kv.coords[:1], mask, bias)
+            first = kv.sequence(0)
             received = attention_received(Queries(queries.q[:1], queries.seen[:1]), first, per="layer")[0]
-            there = slice(None) if mask is None else mask[0, 0]
+            there = slice(None) if first.mask is None else first.mask[0, 0]
             self.received.append((received[there].cpu(), first.coords[0, 0, there].cpu()))
         return self.inner.layer(i, queries, image, kv)
 

@@ -48,13 +48,24 @@ def top_k_mask(scores: Tensor, keep: float | int, tokens: ImageTokens | ImageKV)
     return kept
 
 
-def each_budget(image: ImageTokens, keep: float | int) -> Iterator[tuple[int, Tensor, int]]:
-    """For one image of one sequence after the other: the sequence, the indices of the image's tokens [n], and
-    how many of them to keep."""
-    for there in each_image(image):
+def single_images(tokens: ImageTokens | ImageKV) -> Iterator[tuple[int, Tensor]]:
+    """For one image of one sequence after the other: the sequence, and the indices of the image's tokens [n];
+    of several sets those in the first."""
+    for there in each_image(tokens):
+        there = there if there.ndim == 2 else there[:, 0]                               # [B, N]
         for b in there.any(-1).nonzero()[:, 0].tolist():
-            tokens = there[b].nonzero()[:, 0]
-            yield b, tokens, int(num_kept(keep, torch.tensor(len(tokens))))
+            yield b, there[b].nonzero()[:, 0]
+
+
+def each_budget(image: ImageTokens, keep: float | int) -> Iterator[tuple[int, Tensor, int]]:
+    """The same, and how many of the tokens to keep."""
+    for b, tokens in single_images(image):
+        yield b, tokens, int(num_kept(keep, torch.tensor(len(tokens))))
+
+
+def evenly_spaced(rank: Tensor, n: Tensor | int, tokens: Tensor | int) -> Tensor:
+    """Whether the tokens of these ranks, from 0, are among the n of `tokens` that are spaced most evenly."""
+    return rank * n % tokens < n
 
 
 def refuse_nan(scores: Tensor):

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from pruning.encoder_attention import class_attention, single_images
+from pruning.encoder_attention import class_attention
 from pruning.options import check_least
 from pruning.pruner import Pruner
-from pruning.select import num_kept
+from pruning.select import num_kept, single_images
 
 
 @dataclass

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.llama_vision import LlamaVision
-from pruning.encoder_attention import class_attention, single_images
+from pruning.encoder_attention import class_attention
 from pruning.options import check_least
 from pruning.pruner import SelectOnce
-from pruning.select import num_kept
+from pruning.select import each_budget
 
 
 @dataclass
@@ -40,12 +40,11 @@ class Scope(SelectOnce):
 
     def choose(self, queries: Queries, image: ImageTokens, kv: ImageKV) -> Tensor:
         kept = torch.zeros_like(image.coords[..., 0], dtype=torch.bool)
-        for b, own in single_images(image):
+        for b, own, n in each_budget(image, self.keep):
             is_class = image.coords[b, own, 2] < 0
             states = image.states.entering[b, own]
             saliency, _ = class_attention(self.attending, states, is_class, self.attending.self_attn.heads)
             patches = own[~is_class]
-            n = int(num_kept(self.keep, torch.tensor(len(own))))
             room = max(n - len(patches), 0)                             # class tokens only fill up
             best = cover(image.states.features[b, patches], saliency[~is_class] ** self.alpha, n - room)
             kept[b, torch.cat((patches[best], own[is_class][:room]))] = True

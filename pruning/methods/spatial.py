@@ -9,7 +9,7 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
 from pruning.pruner import SelectOnce
-from pruning.select import num_kept
+from pruning.select import evenly_spaced, num_kept
 
 
 @dataclass
@@ -23,5 +23,5 @@ class Spatial(SelectOnce):
             tokens = there.sum(-1, keepdim=True)
             rank = there.cumsum(-1) - 1
             n = num_kept(self.keep, tokens)
-            kept |= there & (rank * n % tokens.clamp(min=1) < n)
+            kept |= there & evenly_spaced(rank, n, tokens.clamp(min=1))
         return kept

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from pruning.encoder_attention import class_attention, single_images
+from pruning.encoder_attention import class_attention
 from pruning.merge import merge_tokens
 from pruning.options import check_share
 from pruning.pruner import Pruner
-from pruning.select import num_kept
+from pruning.select import each_budget, num_kept
 
 
 @dataclass
@@ -44,22 +44,21 @@ class VisionZip(Pruner):
         B, N = image.coords.shape[:2]
         owner = torch.arange(N, device=image.coords.device).repeat(B, 1)
         weight = torch.ones_like(owner, dtype=torch.float32)
-        for b, own in single_images(image):
-            found = self.owner(image.states.entering[b, own], image.coords[b, own, 2] < 0)
+        for b, own, left in each_budget(image, self.keep):
+            found = self.owner(image.states.entering[b, own], image.coords[b, own, 2] < 0, left)
             owner[b, own] = own[found]
             weight[b, own] = (found.bincount(minlength=len(own)) - 1).clamp(min=1).float()
         self.owners = [owner]
         return merge_tokens(image, owner, weight, self.bias)
 
-    def owner(self, states: Tensor, is_class: Tensor) -> Tensor:
-        """Which token of one image stands for each, [n]; states [n, E]."""
+    def owner(self, states: Tensor, is_class: Tensor, left: int) -> Tensor:
+        """Which token of one image stands for each, [n], if so many are left; states [n, E]."""
         received, key = class_attention(self.encoder_layer, states, is_class,
                                         self.encoder_layer.self_attn.heads)
         key = F.normalize(key.mean(0), dim=-1)                                          # [n, d]
-        left = num_kept(self.keep, torch.tensor(len(states)))
-        contextual = int(num_kept(self.contextual, left))
+        contextual = int(num_kept(self.contextual, torch.tensor(left)))
         order = received.masked_fill(is_class, torch.inf).argsort(descending=True, stable=True)
-        others = order[int(left) - contextual:].sort().values
+        others = order[left - contextual:].sort().values
         targets = others[::len(others) // contextual][:contextual]
         owner = torch.arange(len(states), device=states.device)
         owner[others] = targets[(key[others] @ key[targets].T).argmax(1)]

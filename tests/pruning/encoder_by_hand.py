@@ -1,4 +1,5 @@
-"""What methods read of the encoder's last global layer, in plain loops and float64; images to try them on.
+"""What methods read of the encoder's last global layer, in plain loops and float64; images to try them on,
+and checks of what those that merge before the decoder have in common.
 
 n tokens of one image, E width of the encoder, H heads, d head width.
 """
@@ -6,13 +7,19 @@ import math
 from dataclasses import replace
 
 import torch
-from helpers import STATES, noise, tile_coords
+from helpers import STATES, I, encode, kept, noise, small_network, tile_coords
 from loops import softmax
+from reference import forced
 from torch import Tensor
 
 from model.image_tokens import EncoderStates, ImageTokens, Tiles
 from model.llama_vision import LlamaVision
 from model.vision import VisionLayer
+from pruning import Pruner
+
+NETWORK = 1                                         # seed
+GRIDS = [(1, 1), (2, 2)], [(1, 3)], [(2, 1), (1, 1), (1, 2)]
+PROMPTS = [[I]]
 
 
 def random_images(*grids: tuple[int, int], side: int = 3, seed: int = 0) -> ImageTokens:
@@ -75,3 +82,29 @@ def spoiled(image: ImageTokens) -> ImageTokens:
     states = {name: getattr(image.states, name).masked_fill(gone, math.nan) for name in STATES}
     return replace(image, features=image.features.masked_fill(gone, math.nan),
                    states=replace(image.states, **states))
+
+
+# ----- checks of a method
+
+
+def check_padding(pruner: Pruner):
+    """It is ignored, with NaN where a sequence has no token."""
+    network = small_network(NETWORK)
+    image = encode(network, [[(1, 2)], [], [(2, 2), (1, 1)]], pruner=pruner)
+    pruner.begin(network)
+    clean, left = (pruner.encoded(each, PROMPTS) for each in (image, spoiled(image)))
+    assert torch.equal(clean.mask, left.mask) and not left.mask[1].any()
+    assert torch.equal(clean.features[left.mask], left.features[left.mask])
+
+
+def check_layers(pruner: Pruner):
+    """Every layer reads what is left, in prefill and in decoding; `keep` is 0.3."""
+    network, prompt = small_network(NETWORK), [5, 6, I, 7, 8]
+    image = encode(network, [[(2, 2)]], pruner=pruner)
+    run = forced(network, [prompt], image, pruner)
+    left = pruner.encoded(image, PROMPTS)
+    number = {tuple(place): t for t, place in enumerate(image.coords[0].tolist())}
+    expected = [number[tuple(place)] for place in left.coords[0].tolist()]
+    assert all(kept(kv, image) == expected for kv in run.read + run.held[-1])
+    assert run.answer.kept == [[6.0] * len(run.read)]
+    assert pruner.keep_states and pruner.merges

@@ -7,26 +7,25 @@ import math
 import pytest
 import torch
 from encoder_by_hand import (
+    GRIDS,
+    NETWORK,
+    PROMPTS,
+    check_layers,
+    check_padding,
     cosine,
     last_layer,
     one_image,
     projected,
     random_images,
     received_by_hand,
-    spoiled,
     token_lists,
 )
-from helpers import I, close, encode, kept, refused, small_network
+from helpers import close, refused, small_network
 from loops import best, half_up
-from reference import forced
 from torch import Tensor
 
 from model.image_tokens import ImageTokens
 from pruning.methods.prumerge import PruMerge
-
-NETWORK = 1                                         # seed
-GRIDS = [(1, 1), (2, 2)], [(1, 3)], [(2, 1), (1, 1), (1, 2)]
-PROMPTS = [[I]]
 
 
 def merged(image: ImageTokens, **options) -> ImageTokens:
@@ -146,13 +145,7 @@ def test_each_image_is_merged_by_itself():
 
 
 def test_padding_is_ignored():
-    """NaN where a sequence has no token."""
-    network, pruner = small_network(NETWORK), PruMerge(0.4)
-    image = encode(network, [[(1, 2)], [], [(2, 2), (1, 1)]], pruner=pruner)
-    pruner.begin(network)
-    clean, left = (pruner.encoded(each, PROMPTS) for each in (image, spoiled(image)))
-    assert torch.equal(clean.mask, left.mask) and not left.mask[1].any()
-    assert torch.equal(clean.features[left.mask], left.features[left.mask])
+    check_padding(PruMerge(0.4))
 
 
 def test_nothing_changes_where_all_are_kept():
@@ -163,15 +156,7 @@ def test_nothing_changes_where_all_are_kept():
 
 
 def test_every_layer_reads_what_is_left():
-    network, pruner, prompt = small_network(NETWORK), PruMerge(0.3), [5, 6, I, 7, 8]
-    image = encode(network, [[(2, 2)]], pruner=pruner)
-    run = forced(network, [prompt], image, pruner)
-    left = merged(image, keep=0.3)
-    number = {tuple(place): t for t, place in enumerate(image.coords[0].tolist())}
-    expected = [number[tuple(place)] for place in left.coords[0].tolist()]
-    assert all(kept(kv, image) == expected for kv in run.read + run.held[-1])
-    assert run.answer.kept == [[6.0] * len(run.read)]
-    assert PruMerge.keep_states and PruMerge.merges
+    check_layers(PruMerge(0.3))
 
 
 @pytest.mark.parametrize("options, message", [

@@ -8,27 +8,27 @@ import math
 import pytest
 import torch
 from encoder_by_hand import (
+    GRIDS,
+    NETWORK,
+    PROMPTS,
+    check_layers,
+    check_padding,
     cosine,
     last_layer,
     one_image,
     projected,
     random_images,
     received_by_hand,
-    spoiled,
     token_lists,
 )
-from helpers import I, close, encode, kept, random_tiles, refused, small_network
+from helpers import close, random_tiles, refused, small_network
 from loops import best, half_up
-from reference import forced
 
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
-from pruning.encoder_attention import class_attention, single_images
+from pruning.encoder_attention import class_attention
 from pruning.methods.visionzip import VisionZip
-
-NETWORK = 1                                         # seed
-GRIDS = [(1, 1), (2, 2)], [(1, 3)], [(2, 1), (1, 1), (1, 2)]
-PROMPTS = [[I]]
+from pruning.select import single_images
 
 
 def zipped(image: ImageTokens, **options) -> tuple[ImageTokens, list[int]]:
@@ -151,14 +151,7 @@ def test_each_image_is_zipped_by_itself():
 
 
 def test_padding_is_ignored():
-    """NaN where a sequence has no token."""
-    network = small_network(NETWORK)
-    image = encode(network, [[(1, 2)], [], [(2, 2), (1, 1)]], pruner=VisionZip())
-    pruner = VisionZip(0.4)
-    pruner.begin(network)
-    clean, left = (pruner.encoded(each, PROMPTS) for each in (image, spoiled(image)))
-    assert torch.equal(clean.mask, left.mask) and not left.mask[1].any()
-    assert torch.equal(clean.features[left.mask], left.features[left.mask])
+    check_padding(VisionZip(0.4))
 
 
 def test_nothing_changes_where_all_are_kept():
@@ -168,15 +161,7 @@ def test_nothing_changes_where_all_are_kept():
 
 
 def test_every_layer_reads_what_is_left():
-    network, pruner, prompt = small_network(NETWORK), VisionZip(0.3), [5, 6, I, 7, 8]
-    image = encode(network, [[(2, 2)]], pruner=pruner)
-    run = forced(network, [prompt], image, pruner)
-    left, _ = zipped(image, keep=0.3)
-    number = {tuple(place): t for t, place in enumerate(image.coords[0].tolist())}
-    expected = [number[tuple(place)] for place in left.coords[0].tolist()]
-    assert all(kept(kv, image) == expected for kv in run.read + run.held[-1])
-    assert run.answer.kept == [[6.0] * len(run.read)]
-    assert VisionZip.keep_states and VisionZip.merges
+    check_layers(VisionZip(0.3))
 
 
 @pytest.mark.parametrize("value", [0.0, 1.5, 0, -3])
