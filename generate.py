@@ -139,7 +139,7 @@ class Assistant:
         tiles = pruner.preprocess(images, self.processor)                           # hook 0
         real = self.model.image_tokens([self.processor.grid(image) for image in images])
         slots = len(images) * config.max_num_tiles * config.tokens_per_tile
-        clock = Clock(self.model.lm_head.weight.device)
+        clock = Clock(self.model.device)
         with torch.inference_mode():
             tokens = self.model.encode([tiles], keep_states or pruner.keep_states)
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
@@ -163,7 +163,7 @@ class Assistant:
     def warm_up(self, batch: int, encoded: EncodedImages):
         """Compile what a batch of answers about these images needs, so that no answer waits for it."""
         question = messages("?", len(encoded.tiles) if encoded.tokens is not None else 0)
-        clock = Clock(self.model.lm_head.weight.device)
+        clock = Clock(self.model.device)
         prompts = [self.tokenizer.encode(question)] * batch
         generate(self.model, prompts, encoded.expand(batch), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()

@@ -152,7 +152,8 @@ class Bench:
         """
         subject = self.subject
         text = subject.prompt(batch, self.args.prompt_tokens, image=False)
-        one_token = subject.model.lm_head.weight.new_ones(batch, 1, subject.config.text.hidden_size)
+        one_token = torch.ones(batch, 1, subject.config.text.hidden_size, dtype=subject.dtype,
+                               device=subject.device)
         head = partial(subject.model.lm_head, one_token)
         jobs = {"image": lambda: subject.answer(ids, encoded.images[FULL], 0).ms["prefill"],
                 "text": lambda: subject.answer(text, None, 0).ms["prefill"],

@@ -89,7 +89,7 @@ class Peer:
         self.model.load_state_dict(state, assign=True)
         self.model.eval().requires_grad_(False)
         text = self.model.model.language_model
-        with torch.device(model.lm_head.weight.device):         # its only buffers, and in no checkpoint
+        with torch.device(model.device):         # its only buffers, and in no checkpoint
             text.rotary_emb = type(text.rotary_emb)(text.config)
         # Its defaults, with two changes. It raises an error where it would silently continue eagerly (a graph
         # break, or more than 8 shapes in a process), and it compiles for each shape, as in a new process.

@@ -103,11 +103,11 @@ class Subject:
 
     @property
     def device(self) -> torch.device:
-        return self.model.lm_head.weight.device
+        return self.model.device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.model.lm_head.weight.dtype
+        return self.model.dtype
 
     def answer(self, ids: Tensor, image: ImageTokens | None, new_tokens: int, pruner: Pruner | None = None,
                decode: Decode | None = None) -> Answer:
@@ -153,8 +153,8 @@ class Subject:
 
     def project(self, image: ImageTokens) -> Callable[[], None]:
         """A job: the projector, and the keys and values of every cross-attention layer."""
-        states = self.model.multi_modal_projector.weight.new_ones(
-            *image.features.shape[:2], self.config.vision.output_dim)                   # [B, N, features]
+        states = torch.ones(*image.features.shape[:2], self.config.vision.output_dim,
+                            dtype=self.dtype, device=self.device)                       # [B, N, features]
 
         def job():
             tokens = ImageTokens(self.model.multi_modal_projector(states), image.coords, image.mask)

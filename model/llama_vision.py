@@ -26,6 +26,16 @@ class LlamaVision(nn.Module):
         self.language_model = Decoder(config.text)
         self.lm_head = nn.Linear(config.text.hidden_size, config.text.vocab_size, bias=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where prompts and images go in."""
+        return self.language_model.embed_tokens.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all activations and caches, whatever the linear layers store."""
+        return self.language_model.embed_tokens.weight.dtype
+
     def forward(self, input_ids: Tensor, tiles: list[Tiles | None]) -> Tensor:
         """Logits at every position: input_ids [B, T], the images of each sequence -> [B, T, V] fp32.
 
@@ -61,14 +71,14 @@ class LlamaVision(nn.Module):
 
     def _encode_images(self, tiles: Tiles, keep_states: bool) -> list[list[Tensor]]:
         """Features of every image [n, D], and lists of its other states; equal grids are encoded together."""
-        projector = self.multi_modal_projector
         grids = [tuple(grid) for grid in tiles.grid.tolist()]
         outputs: list[list[Tensor]] = [[None] * len(grids) for _ in range(4 if keep_states else 1)]
         for grid in sorted(set(grids)):
             members = [i for i, other in enumerate(grids) if other == grid]
-            pixels = tiles.pixels[members].to(projector.weight.device, projector.weight.dtype)
+            pixels = tiles.pixels[members].to(self.device, self.dtype)
             states = self.vision_model(pixels, grid)
-            for output, encoded in zip(outputs, (projector(states[0]), *states), strict=False):
+            projected = self.multi_modal_projector(states[0])
+            for output, encoded in zip(outputs, (projected, *states), strict=False):
                 for i, image in zip(members, encoded, strict=True):
                     output[i] = image
         return outputs
@@ -116,7 +126,7 @@ class LlamaVision(nn.Module):
 
     def check_prompts(self, prompts: list[list[int]], max_new_tokens: int):
         """Raise ValueError for prompts that cannot be answered."""
-        if self.lm_head.weight.is_meta:
+        if self.device.type == "meta":
             raise ValueError("the model is on the meta device, which holds no weights: load it elsewhere")
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
@@ -138,7 +148,7 @@ class LlamaVision(nn.Module):
         lengths = [len(ids) for ids in prompts]
         padding = 1 if self.config.image_token_index == 0 else 0
         padded = [ids + [padding] * (max(lengths) - len(ids)) for ids in prompts]
-        return torch.tensor(padded, device=self.lm_head.weight.device), lengths
+        return torch.tensor(padded, device=self.device), lengths
 
     def tokens_seen(self, input_ids: Tensor, lengths: list[int], image: ImageTokens | None) -> list[int]:
         """How many image tokens the last token of each prompt sees, and with it all generated tokens."""
@@ -183,7 +193,7 @@ class LlamaVision(nn.Module):
         """
         c = self.config.text
         cross = len(c.cross_attention_layers)
-        each = 2 * c.num_key_value_heads * c.head_dim * self.lm_head.weight.element_size()
+        each = 2 * c.num_key_value_heads * c.head_dim * self.dtype.itemsize
         return {"text": (c.num_hidden_layers - cross) * tokens * each,
                 "image": cross * self.image_tokens(grids) * each}
 

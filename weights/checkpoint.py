@@ -1,0 +1,105 @@
+"""What a checkpoint holds: each parameter by its name in the model, before any weight is touched.
+
+    folder ─► shards (memory-mapped) ─► their headers ─► Stored: shape, dtype and how to read it
+
+Formats that store a parameter otherwise than as one tensor of floating-point numbers make a Stored of their
+own, whose `read` gives the numbers. Everything after this file sees parameters only.
+"""
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from weights.config_file import quantized
+from weights.files import exists, read_json
+from weights.hub import WANTED, foreign_format
+from weights.messages import named, quoted
+from weights.names import is_parameter, model_name, quantization_method
+from weights.safetensors_file import INDEX, SINGLE, STORED, Shard
+
+PLAIN_NAME = re.compile(r"[^/\\]+\.safetensors")
+
+
+@dataclass
+class Stored:
+    """A parameter that is one tensor of a file."""
+    shard: Shard
+    name: str                                   # in the file
+
+    @property
+    def shape(self) -> list[int]:
+        """From the file's header."""
+        return self.shard.entries[self.name]["shape"]
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """Of what `read` gives; None where it has no numbers that a parameter could have."""
+        return STORED.get(self.shard.entries[self.name]["dtype"])
+
+    def read(self) -> Tensor:
+        """The parameter on the CPU: a view of the mapped file, or a copy where kernels need its alignment."""
+        tensor = self.shard.view(self.name)
+        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+
+def open_checkpoint(folder: Path) -> dict[str, Stored]:
+    """Every parameter by its name in LlamaVision. Raises ValueError with one line where files are missing,
+    damaged, of another format, or name a parameter twice."""
+    found = {}
+    for shard in _open_shards(folder):
+        for name in shard.entries:
+            method = quantization_method(name)
+            if method is not None:
+                raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} shows that {quantized(method)}")
+            if not is_parameter(name):
+                continue
+            other = found.get(model_name(name))
+            if other is not None:
+                raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} occurs twice, also as "
+                                 f"{quoted(other.name)} in {named(other.shard.path.name)}; download the "
+                                 "checkpoint again")
+            found[model_name(name)] = Stored(shard, name)
+    return found
+
+
+def _open_shards(folder: Path) -> list[Shard]:
+    """Every file of the checkpoint, memory-mapped; headers and sizes are valid, and the index agrees."""
+    if exists(folder / SINGLE):
+        return [Shard(folder / SINGLE)]
+    if not exists(folder / INDEX):
+        foreign = foreign_format(folder)
+        remedy = "download the checkpoint again" if foreign is None else f"it holds {foreign}; {WANTED}"
+        raise ValueError(f"{named(folder)}: no {SINGLE} and no {INDEX}; {remedy}")
+    weight_map = _read_index(folder / INDEX)
+    files = sorted(set(weight_map.values()))
+    missing = [file for file in files if not exists(folder / file)]
+    if missing:
+        raise ValueError(f"{named(folder)}: missing files ({len(missing)}) of those that {INDEX} names: "
+                         f"{some(missing)}; download them again")
+    shards = {file: Shard(folder / file) for file in files}
+    for name, file in weight_map.items():
+        if name not in shards[file].entries:
+            raise ValueError(f"{named(folder / INDEX)}: it says that {quoted(name)} is in {quoted(file)}, "
+                             "which does not hold it; files of two checkpoints seem to be mixed")
+    return list(shards.values())
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The index's map from tensor to file; every file is a plain name: no index leads out of its folder."""
+    index = read_json(path)
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(weight_map, dict):
+        raise ValueError(f"{named(path)}: not an index: it needs a weight_map from tensors to files; "
+                         "download it again")
+    for file in weight_map.values():
+        if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):
+            raise ValueError(f"{named(path)}: it names {quoted(file)}, which is not a safetensors file in "
+                             "the same folder; download it again")
+    return weight_map
+
+
+def some(names: list[str]) -> str:
+    """A few names for a message."""
+    return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")
