@@ -33,7 +33,7 @@ from benchmarks.plot import plot
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import waterfall
 from benchmarks.whole import whole
-from cli import Parser, check_output, parse_pruner, parse_pruners, whole_number, writing
+from cli import Parser, add_model_options, check_output, parse_pruner, parse_pruners, whole_number, writing
 from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
@@ -47,36 +47,40 @@ RESULTS = ROOT / "benchmarks" / "results"
 LARGEST = 2 ** 17           # of the numbers on the command line
 TABLE2 = {"batch": [1, 4, 8, 16, 32], "tiles": [4], "keep": [0.509, 0.396]}     # of arXiv 2504.00557
 
+EXAMPLES = ("python benchmark.py --model tiny --against transformers",
+            "python benchmark.py --shape 11b --layers 8 --batch 1,4 --json figures.json")
+
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python benchmark.py", description="Speed and memory, part by part.")
-    add = parser.add_argument
-    add("--model", metavar="M", help="real weights: 'tiny' (bundled), a folder, or a hub id")
-    add("--shape", choices=SHAPES, help="random weights of this shape; default tiny")
-    add("--layers", type=whole_number, metavar="N",
-        help="a slice: N decoder layers, 2 vision layers of each kind")
+    parser = Parser("python benchmark.py", "Speed and memory, part by part.", examples=EXAMPLES)
+    add, rare = parser.add_argument, parser.add_rare
+    add_model_options(parser, default=None)
+    add("--shape", choices=SHAPES, metavar="S",
+        help="random weights, in bf16 by default: tiny (default), 11b, 90b, 11b-base, 90b-base")
+    add("--layers", type=whole_number, metavar="N", help="a slice: N decoder layers, 2 vision layers a kind")
+    parser.section("what is measured")
     add("--batch", type=numbers, metavar="N,...", help="questions about one image; default 1")
     add("--tiles", type=numbers, metavar="N,...", help="of the image; default 1,4")
-    add("--prompt-tokens", type=whole_number, default=128, metavar="N", help="default 128")
-    add("--new-tokens", type=whole_number, default=32, metavar="N",
-        help="decode steps of an answer; default 32")
-    add("--prune", metavar="P", help="also with this method ('list' of generate.py shows all)")
-    add("--keep", metavar="R", help="its keep ratio; with --methods and --whole also several: 0.5,0.1")
-    add("--set", action="append", default=[], metavar="K=V",
-        help="one of its options; with --methods of all that have it, or P.K=V")
+    rare("--prompt-tokens", type=whole_number, default=128, metavar="N", help="default 128")
+    rare("--new-tokens", type=whole_number, default=32, metavar="N",
+         help="decode steps of an answer; default 32")
+    rare("--repeat", type=whole_number, default=7, metavar="N", help="rounds, after warm-up; default 7")
     add("--against", choices=[PEER], help="on the same weights, in turns")
-    add("--compile", action="store_true", help="also decode compiled; transformers with its static cache")
-    add("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
-    add("--waterfall", action="store_true", help="only what each optimisation of decoding gains, in a row")
-    add("--methods", metavar="P,...", help="only what each of these methods (or 'all') costs and stores")
-    add("--whole", metavar="P,...",
-        help="only what each of them costs and saves in the complete model, put together from a slice")
+    add("--compile", action="store_true", help="also decode compiled")
+    add("--prune", metavar="P", help="also with this method, as of generate.py")
+    add("--keep", metavar="R,...", help="its keep ratio; --methods and --whole take several")
+    rare("--set", action="append", default=[], metavar="K=V",
+         help="one of its options; with --methods of all that have it, or P.K=V")
+    parser.section("other measurements")
+    rare("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
+    rare("--waterfall", action="store_true", help="only what each optimisation of decoding gains, in a row")
+    rare("--methods", metavar="P,...", help="only what each of these (or 'all') costs and stores")
+    rare("--whole", metavar="P,...",
+         help="only what each of them costs and saves in the complete model, put together from a slice")
+    parser.section("what is written")
     add("--json", type=Path, metavar="F", help="write all of it")
-    add("--plot", type=Path, metavar="F", help="draw it: .png, .svg or .pdf")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", metavar="D")
-    add("--dtype", metavar="T", help="default bf16, or the checkpoint's own")
-    add("--repeat", type=whole_number, default=7, metavar="N", help="rounds, after warm-up; default 7")
-    add("--report", action="store_true", help="only write the READMEs from benchmarks/results/*.json")
+    rare("--plot", type=Path, metavar="F", help="draw it: .png, .svg or .pdf")
+    rare("--report", action="store_true", help="only write the READMEs from benchmarks/results/*.json")
     return parser.parse_args()
 
 
@@ -185,7 +189,7 @@ def check_together(args: argparse.Namespace):
 def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subject, Samples]:
     """The model, and how long loading took if it is a real one."""
     dtype = parse_dtype(args.dtype)
-    folder = None if args.model is None else find_checkpoint(args.model)
+    folder = None if args.model is None else find_checkpoint(args.model, args.revision)
     complete = SHAPES[args.shape or "tiny"]() if folder is None else read_config(folder)
     for tiles in args.tiles:
         grid_of(complete.vision, tiles)

@@ -1,7 +1,7 @@
 """What the programs share on the command line: arguments, files to write, --prune, the chat.
 
-How a program starts and ends, and how an error becomes one line, is in program.py; how answers are printed is
-in answers.py.
+How a program starts and ends, and how an error becomes one line, is in program.py; the parser and the pages
+of help are in terminal.py; how answers are printed is in answers.py.
 """
 import argparse
 import os
@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import TextIO
 
-from program import MOST_LETTERS, fail, is_in_a_pruner_of_the_user, say, write
+from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
+from terminal import Parser
 from weights.files import replacing
 from weights.messages import named, one_line, quoted, reason
 from weights.tokenizer import messages
@@ -22,15 +22,14 @@ from weights.tokenizer import messages
 # ----- arguments
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line."""
-
-    def error(self, message: str):
-        fail(message)
-
-    def print_help(self, file: TextIO | None = None):
-        """On stdout; argparse would swallow an error."""
-        write(self.format_help())
+def add_model_options(parser: Parser, default: str | None = "tiny"):
+    """Which model, and where it computes: for every program that loads one."""
+    parser.section("the model")
+    parser.add_argument("--model", default=default, metavar="M",
+                        help=f"'tiny' (bundled{', the default' * bool(default)}), a folder, or a hub id")
+    parser.add_rare("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's own")
 
 
 def whole_number(text: str) -> int:

@@ -27,7 +27,16 @@ from pathlib import Path
 from PIL import ImageFilter
 
 from answers import mean
-from cli import Parser, check_output, parse_pruners, parse_variants, real_number, whole_number, writing
+from cli import (
+    Parser,
+    add_model_options,
+    check_output,
+    parse_pruners,
+    parse_variants,
+    real_number,
+    whole_number,
+    writing,
+)
 from evaluation.exam import Exam, is_about_the_absent, make_exam
 from evaluation.jobs import ahead
 from evaluation.layers import Observer, close_gates, gates, layer_similarity
@@ -131,26 +140,31 @@ def progress_line(done: int, total: int, seconds_each: float) -> str:
 # ----- the command line
 
 
+EXAMPLES = ("python evaluate.py --questions 200",
+            "python evaluate.py --prune trimmed_llama,fastv --keep 0.5,0.1")
+
+
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python evaluate.py", description="Accuracy on the built-in scenes.")
-    add = parser.add_argument
-    add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
-    add("--questions", type=whole_number, default=2000, metavar="N", help="default 2000")
+    parser = Parser("python evaluate.py", "Accuracy on the built-in scenes.", examples=EXAMPLES)
+    add, rare = parser.add_argument, parser.add_rare
+    add_model_options(parser)
+    parser.section("what is asked")
+    add("--questions", type=whole_number, default=2000, metavar="N", help="how many; default 2000")
     add("--split", choices=SPLITS, default="test", help="the scenes asked about; default test")
-    add("--kinds", metavar="K,...", help=f"of question; default {','.join(KINDS)}")
-    add("--blur", type=real_number, default=0, metavar="R", help="blur the images: a Gaussian of R pixels")
-    add("--skip-layer", type=whole_number, metavar="I", help="close cross-attention layer I")
-    add("--prune", metavar="P,...", help="also with these methods, or 'all'; your own: FILE.py:CLASS; "
-        "P:K=V has an option of its own, also beside P")
-    add("--keep", metavar="R,...", help=f"each at these fractions, or numbers of tokens; default {KEEPS}")
-    add("--set", action="append", default=[], metavar="P.K=V",
-        help="another option of a method; K=V for all methods that have it")
-    add("--device", metavar="D", help="cpu, cuda, ...; default: cuda where there is one")
-    add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
+    rare("--kinds", metavar="K,...", help=f"of question; default all: {', '.join(KINDS)}")
+    rare("--blur", type=real_number, default=0, metavar="R", help="blur the images: a Gaussian of R pixels")
+    rare("--skip-layer", type=whole_number, metavar="I", help="close cross-attention layer I")
+    parser.section("methods")
+    add("--prune", metavar="P,...", help="also with these methods, 'all', or FILE.py:CLASS")
+    add("--keep", metavar="R,...", help=f"each at these keep ratios; default {KEEPS}")
+    rare("--set", action="append", default=[], metavar="P.K=V",
+         help="another option of a method; K=V for all methods that have it; --prune P,P:K=V has P twice, "
+         "with and without an option of its own")
+    parser.section("how, and where to")
     add("--jobs", type=whole_number, metavar="N",
-        help="processes, each in one thread; default: this one, with threads for all cores")
-    add("--json", type=Path, metavar="FILE", help="also write the figures to FILE; FILE.part while it runs")
-    add("--plot", type=Path, metavar="FILE", help="also draw accuracy against tokens kept: .png, .svg, .pdf")
+        help="processes, each in one thread; default: one for all cores")
+    add("--json", type=Path, metavar="FILE", help="write the figures to FILE; FILE.part while it runs")
+    add("--plot", type=Path, metavar="FILE", help="draw accuracy against tokens: .png, .svg, .pdf")
     return parser.parse_args()
 
 
@@ -212,8 +226,9 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     """Everything that the answers depend on: results of other settings are never taken for these."""
     names = [] if args.prune is None else [name for name, _ in parse_variants(args.prune)]
     files = [name.rpartition(":")[0] for name in names if ":" in name]
-    return {"split": SPLITS[args.split],
-            "model": args.model, "weights": fingerprint(find_checkpoint(args.model)),
+    revision = {} if args.revision is None else {"revision": args.revision}
+    return {"split": SPLITS[args.split], **revision,
+            "model": args.model, "weights": fingerprint(find_checkpoint(args.model, args.revision)),
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
             "skip_layer": args.skip_layer, "device": args.device, "dtype": args.dtype,
             "files": {name: zlib.crc32(read_bytes(name)) for name in files},
@@ -254,7 +269,7 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
 def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float, float]]]:
     """What is asked, who answers, and the gates before any of them was closed."""
     exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
-    assistant = Assistant(args.model, args.device, args.dtype)
+    assistant = Assistant(args.model, args.device, args.dtype, args.revision)
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close_gates(assistant.model, args.skip_layer)

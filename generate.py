@@ -26,6 +26,7 @@ from torch import Tensor
 from answers import chat_about, print_answers
 from cli import (
     Parser,
+    add_model_options,
     catalogue,
     check_output,
     parse_pruner,
@@ -115,8 +116,6 @@ class Assistant:
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
                  revision: str | None = None, compile: bool = False):
         began = time.perf_counter()
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
         device = parse_device(device)           # both before a download that may take an hour
         dtype = parse_dtype(dtype)
         folder = find_checkpoint(source, revision)
@@ -172,38 +171,36 @@ class Assistant:
 # ----- the command line
 
 
-EXAMPLES = """examples:
-  python generate.py --image examples/shapes.png --prompt "What is written on the circle?"
-  python generate.py --image examples/sign.png --prompt "What does the sign say?" --json
-  python generate.py --image examples/tall.png --prompt "Where is the star?" --prune fastv"""
+EXAMPLES = ('python generate.py --image examples/tall.png --prompt "Where is the star?"',
+            "python generate.py --image examples/shapes.png --prune fastv --keep 0.25")
 MAP_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python generate.py", formatter_class=argparse.RawDescriptionHelpFormatter,
-                    description="Ask Llama-3.2-Vision about images; no --prompt on a terminal: a chat.",
-                    usage="%(prog)s [--image PATH]... [--prompt TEXT]... [options]", epilog=EXAMPLES)
-    add = parser.add_argument
-    add("--model", default="tiny", metavar="M", help="'tiny' (bundled, the default), a folder, or a hub id")
-    add("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser = Parser("python generate.py", "Ask Llama-3.2-Vision about images. Without --prompt: a chat.",
+                    "[--image PATH]... [--prompt TEXT]... [options]", EXAMPLES)
+    add, rare = parser.add_argument, parser.add_rare
+    add_model_options(parser)
+    parser.section("what is asked")
     add("--image", action="append", default=[], metavar="PATH", help="an image; several go into one prompt")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
     add("--system", metavar="TEXT", help="a system message")
-    add("--date", metavar="TEXT", help="today's date, for chat templates that write it")
+    rare("--date", metavar="TEXT", help="today's date, for chat templates that write it")
+    parser.section("the answer")
     add("--max-new-tokens", type=whole_number, default=256, metavar="N", help="default 256")
     add("--temperature", type=real_number, default=0.0, metavar="X", help="default 0: the likeliest token")
-    add("--top-p", type=real_number, default=0.9, metavar="X", help="sample among the likeliest of this mass")
-    add("--seed", type=whole_number, default=0, metavar="N", help="of sampling")
-    add("--device", metavar="D", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
-    add("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's")
+    rare("--top-p", type=real_number, default=0.9, metavar="X",
+         help="sample among the likeliest of this mass; default 0.9")
+    rare("--seed", type=whole_number, default=0, metavar="N", help="of sampling; default 0")
     add("--compile", action="store_true", help="compile decoding first: pays for long answers")
     add("--json", action="store_true", help="one JSON object on stdout")
-    add("--prune", metavar="P", help="drop image tokens: a method ('list' shows all) or FILE.py:CLASS")
-    add("--keep", metavar="R", help="of each image: a fraction (1.0: all) or a whole number of tokens")
-    add("--set", action="append", default=[], metavar="K=V", help="another option of the method")
-    add("--save-map", type=Path, metavar="PATH", help="draw what was kept or merged over the image")
-    add("--map", choices=("kept", "attention"), default="kept",
-        help="attention: draw what the prompt looks at")
+    parser.section("fewer image tokens")
+    add("--prune", metavar="P", help="drop image tokens: a method, FILE.py:CLASS, or 'list'")
+    add("--keep", metavar="R", help="of each image: a fraction (1.0: all), or so many tokens")
+    rare("--set", action="append", default=[], metavar="K=V", help="another option of the method")
+    add("--save-map", type=Path, metavar="PATH", help="draw over the image what was kept or merged")
+    rare("--map", choices=("kept", "attention"), default="kept",
+         help="what --save-map draws; attention: what the prompt looks at")
     return parser.parse_args()
 
 

@@ -33,7 +33,8 @@ MARK = "*"
 
 
 def arguments() -> argparse.Namespace:
-    parser = Parser(prog="python -m evaluation.compare", description="A method against others, in points.")
+    parser = Parser("python -m evaluation.compare", "A method against others, in points.",
+                    "FILE... --method P")
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="written by evaluate.py --json")
     parser.add_argument("--method", required=True, metavar="P",
                         help="the one to compare with all others: a name, or name and options as in a table")

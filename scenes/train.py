@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cli import Parser
 from model.config import Config
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
@@ -37,15 +38,16 @@ LOG_EVERY, SAVE_EVERY = 100, 500                # steps
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scenes.train", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("weights/tiny"), help="folder of the checkpoint")
-    parser.add_argument("--run", type=Path, default=Path("runs/tiny"), help="folder of log and state")
-    parser.add_argument("--steps", type=int, default=9000)
-    parser.add_argument("--images", type=int, default=28, help="a step, over all workers")
-    parser.add_argument("--workers", type=int, help="processes (default: one a core, at most 8; 1 on a GPU)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the layers, for long runs")
+    parser = Parser("python -m scenes.train", "Trains the bundled checkpoint from random weights.")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("weights/tiny"), metavar="DIR", help="folder of the checkpoint")
+    add("--run", type=Path, default=Path("runs/tiny"), metavar="DIR", help="folder of log and state")
+    add("--steps", type=int, default=9000, metavar="N", help="default 9000")
+    add("--images", type=int, default=28, metavar="N", help="a step, over all workers; default 28")
+    add("--workers", type=int, metavar="N", help="processes (default: one a core, at most 8; 1 on a GPU)")
+    add("--device", default="cpu", metavar="D", help="default cpu")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
+    add("--compile", action="store_true", help="torch.compile the layers, for long runs")
     return parser.parse_args()
 
 

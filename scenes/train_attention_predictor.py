@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from cli import Parser
 from generate import generate
 from model.image_tokens import ImageKV, ImageTokens
 from model.llama_vision import LlamaVision
@@ -56,13 +57,15 @@ class Log:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scenes.train_attention_predictor",
-                                     description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=LEARNED, help="folder of the weights and the figures")
-    parser.add_argument("--scenes", type=int, default=240, help="to learn from, two answers each")
-    parser.add_argument("--tests", type=int, default=100, help="scenes to measure on, two answers each")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("python -m scenes.train_attention_predictor",
+                    "Trains the network of the method attention_predictor.")
+    add = parser.add_argument
+    add("--out", type=Path, default=LEARNED, metavar="DIR", help="folder of the weights and the figures")
+    add("--scenes", type=int, default=240, metavar="N", help="to learn from, two answers each; default 240")
+    add("--tests", type=int, default=100, metavar="N",
+        help="scenes to measure on, two answers each; default 100")
+    add("--steps", type=int, default=1500, metavar="N", help="default 1500")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
     return parser.parse_args()
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from cli import Parser
 from scenes.lessons import Lessons
 from scenes.tiny import config_json, train_tokenizer, write_folder
 from scenes.train import LENGTH, SAVE_EVERY, Log, Student, plan
@@ -28,14 +29,16 @@ def guide_json() -> dict:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scenes.train_guide", description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("weights/guide"), help="folder of the checkpoint")
-    parser.add_argument("--run", type=Path, default=Path("runs/guide"), help="folder of log and state")
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--images", type=int, default=16, help="a step")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--compile", action="store_true", help="torch.compile the layers, for long runs")
+    parser = Parser("python -m scenes.train_guide",
+                    "Trains the checkpoint that guides the bundled one: --prune sgl.")
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("weights/guide"), metavar="DIR", help="folder of the checkpoint")
+    add("--run", type=Path, default=Path("runs/guide"), metavar="DIR", help="folder of log and state")
+    add("--steps", type=int, default=4000, metavar="N", help="default 4000")
+    add("--images", type=int, default=16, metavar="N", help="a step; default 16")
+    add("--device", default="cpu", metavar="D", help="default cpu")
+    add("--seed", type=int, default=1, metavar="N", help="default 1")
+    add("--compile", action="store_true", help="torch.compile the layers, for long runs")
     return parser.parse_args()
 
 

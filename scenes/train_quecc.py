@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cli import Parser
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_grids, question_states
@@ -36,16 +37,18 @@ LOG_EVERY, SAVE_EVERY = 50, 200                 # steps
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m scenes.train_quecc", description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="tiny", help="the checkpoint; its tokenizer must know the scenes")
-    parser.add_argument("--out", type=Path, default=LEARNED, help="folder of the weights and the figures")
-    parser.add_argument("--run", type=Path, default=Path("runs/quecc"), help="folder of log and state")
-    parser.add_argument("--grids", type=int, nargs="+", default=[4, 2], help="tokens a side of a tile")
-    parser.add_argument("--steps", type=int, default=800)
-    parser.add_argument("--images", type=int, default=12, help="a step")
-    parser.add_argument("--questions", type=int, default=2, help="about each image, at most")
-    parser.add_argument("--exam", type=int, default=320, help="held-out images at the end")
-    parser.add_argument("--seed", type=int, default=0)
+    parser = Parser("python -m scenes.train_quecc",
+                    "Trains the compressors of the method quecc for the bundled checkpoint.")
+    add = parser.add_argument
+    add("--model", default="tiny", metavar="M", help="the checkpoint; its tokenizer must know the scenes")
+    add("--out", type=Path, default=LEARNED, metavar="DIR", help="folder of the weights and the figures")
+    add("--run", type=Path, default=Path("runs/quecc"), metavar="DIR", help="folder of log and state")
+    add("--grids", type=int, nargs="+", default=[4, 2], metavar="N", help="tokens a side of a tile")
+    add("--steps", type=int, default=800, metavar="N", help="default 800")
+    add("--images", type=int, default=12, metavar="N", help="a step; default 12")
+    add("--questions", type=int, default=2, metavar="N", help="about each image, at most; default 2")
+    add("--exam", type=int, default=320, metavar="N", help="held-out images at the end; default 320")
+    add("--seed", type=int, default=0, metavar="N", help="default 0")
     return parser.parse_args()
 
 

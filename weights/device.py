@@ -7,8 +7,10 @@ DTYPES = {"bfloat16": torch.bfloat16, "bf16": torch.bfloat16, "float16": torch.f
           "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64}
 
 
-def parse_device(device: str | torch.device) -> torch.device:
-    """A device that is there. Raises ValueError with one line."""
+def parse_device(device: str | torch.device | None) -> torch.device:
+    """A device that is there; None is CUDA where there is one. Raises ValueError with one line."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError, ValueError):

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
-from generate_helpers import JSON_KEYS, ROOT, TINY, command_line, drawn
+from generate_helpers import JSON_KEYS, TINY, command_line, drawn
 from helpers import randomise
 
 import generate as program
@@ -158,19 +158,3 @@ def test_an_answer_cut_within_a_character_still_ends(run, say):
     run("--prompt", "What?")
     assert all("\ufffd" not in text for text in seen)
     assert sys.stdout.getvalue() == "ok \ufffd\n"
-
-
-def test_help_fits_a_terminal_and_its_examples_exist(run, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "80")
-    with pytest.raises(SystemExit) as caught:
-        run("--help")
-    out, err = capsys.readouterr()
-    assert caught.value.code == 0 and err == ""
-    lines = out.splitlines()
-    assert len(lines) <= 40 and max(map(len, lines)) <= 100
-    for flag in ("--model", "--revision", "--image", "--prompt", "--system", "--date", "--max-new-tokens",
-                 "--temperature", "--top-p", "--seed", "--device", "--dtype", "--json", "--prune", "--keep",
-                 "--set", "--save-map", "--map"):
-        assert re.search(rf"^ +{flag}\b", out, re.M), flag
-    images = re.findall(r"--image (\S+\.\w+)", out)
-    assert images and all((ROOT / name).is_file() for name in images), images
