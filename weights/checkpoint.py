@@ -6,42 +6,17 @@ Formats that store a parameter otherwise than as one tensor of floating-point nu
 own, whose `read` gives the numbers. Everything after this file sees parameters only.
 """
 import re
-from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from weights.config_file import quantized
 from weights.files import exists, read_json
 from weights.hub import WANTED, foreign_format
 from weights.messages import named, quoted
 from weights.names import is_parameter, model_name, quantization_method
-from weights.safetensors_file import INDEX, SINGLE, STORED, Shard
+from weights.safetensors_file import INDEX, SINGLE, Shard
+from weights.stored import Stored
 
 PLAIN_NAME = re.compile(r"[^/\\]+\.safetensors")
-
-
-@dataclass
-class Stored:
-    """A parameter that is one tensor of a file."""
-    shard: Shard
-    name: str                                   # in the file
-
-    @property
-    def shape(self) -> list[int]:
-        """From the file's header."""
-        return self.shard.entries[self.name]["shape"]
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        """Of what `read` gives; None where it has no numbers that a parameter could have."""
-        return STORED.get(self.shard.entries[self.name]["dtype"])
-
-    def read(self) -> Tensor:
-        """The parameter on the CPU: a view of the mapped file, or a copy where kernels need its alignment."""
-        tensor = self.shard.view(self.name)
-        return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
 
 def open_checkpoint(folder: Path) -> dict[str, Stored]:

@@ -17,13 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 from model.config import Config
 from model.llama_vision import LlamaVision
-from weights.checkpoint import Stored, open_checkpoint, some
+from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
 from weights.device import parse_device, parse_dtype
 from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.safetensors_file import STORED
+from weights.stored import Stored
 
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",

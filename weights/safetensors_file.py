@@ -18,6 +18,8 @@ from weights.messages import named, one_line, quoted
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+PACKED = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
+          "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}          # of quantized weights
 MAX_HEADER = 10_000_000             # bytes; that of the 90B, in one file, would have 200 kB
 AGAIN = "download the file again"
 
@@ -46,7 +48,8 @@ class Shard:
         """A tensor that is the mapped file. (safe_open's reads a byte of each: gigabytes, with readahead.)"""
         entry = self.entries[name]
         start, stop = (self.start + offset for offset in entry["data_offsets"])
-        flat = torch.empty(0, dtype=STORED[entry["dtype"]], device="cpu").set_(self.storage[start:stop])
+        dtype = (STORED | PACKED)[entry["dtype"]]
+        flat = torch.empty(0, dtype=dtype, device="cpu").set_(self.storage[start:stop])
         return flat.view(entry["shape"])
 
 
