@@ -1,6 +1,6 @@
-"""The chat template of a checkpoint: finds it, checks messages, and writes a conversation out as text.
+"""The chat template of a checkpoint: finds it, and writes a conversation out with it.
 
-    messages ── check_messages ─► turns ── ChatTemplate.render ─► text with special tokens ─► tokenizer.py
+    turns (chat_format.py) ── ChatTemplate.pieces ─► ids of special tokens, texts between them ─► tokenizer.py
 
 A template is a jinja program that comes with the checkpoint; it runs in sandbox.py. Two things are ensured
 here, whatever it does. Nobody can end a turn or claim an image by typing a special token: a mark follows each
@@ -9,42 +9,23 @@ follows the first character of each text, and is looked for afterwards. White sp
 go, as Meta's template trims the system message. Marks are halves of surrogate pairs, which valid text never
 has; `without_marks` removes them.
 """
+import json
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jinja2
 
+from weights.chat_format import BEGIN, IMAGE, TOOLS, Turn
 from weights.files import exists, read_json, read_text
 from weights.messages import named, one_line, quoted
 from weights.meter import Meter
+from weights.policy import Policy
 from weights.sandbox import compile_template, render
 
-BEGIN, IMAGE, EOT = "<|begin_of_text|>", "<|image|>", "<|eot_id|>"
-HEADERS = "<|start_header_id|>", "<|end_header_id|>"
-ROLES = ("system", "user", "assistant")
-MOST_TEXT = 2_000_000               # characters of a conversation: more than any context holds
 MARK = "\ud800"                     # behind what can begin a special token
 TEXT_MARKS = range(0xD801, 0xE000)  # behind the first character of text 0, 1, ...
 MARKS = re.compile("[\ud800-\udfff]")
-
-_CONTENT = ("{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}"
-            "{{ '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}")
-# For base models, which know no roles.
-PLAIN = ("{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('a base model knows no system "
-         "message: put its text into the prompt') }}{% endif %}" + _CONTENT + "{% endfor %}")
-# Meta's format for instruct models, without a text that nobody wrote and without a date.
-CHAT = ("{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>{{ '\\n\\n' }}" + _CONTENT +
-        "<|eot_id|>{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\\n\\n' }}")
-
-
-@dataclass
-class Turn:
-    """A checked message: its texts in order, None for an image, and whether the template gets one string."""
-    role: str
-    parts: list[str | None]
-    as_string: bool
 
 
 @dataclass
@@ -56,20 +37,33 @@ class Said:
 
 
 class ChatTemplate:
-    """A chat template that is ready to write conversations. `special` are the tokenizer's special tokens."""
+    """A chat template that is ready to write conversations. `special` has the ids of the special tokens."""
 
-    def __init__(self, source: str, path: Path, special: Iterable[str], eos: str):
+    def __init__(self, source: str, path: Path, special: dict[str, int], eos: str):
         self.template = _compile(source, path)
+        self.special = special
         self.eos = eos
         self.guard = {ord(token[0]): token[0] + MARK for token in special}
+        longest_first = sorted(special, key=len, reverse=True)
+        self._cuts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
-    def render(self, messages: Sequence[dict], date: str | None = None) -> str:
+    def pieces(self, turns: list[Turn], date: str | None = None,
+               policy: Policy | None = None) -> list[int | str]:
+        """The template's text, cut at the special tokens that it wrote: their ids, and the texts between.
+
+        Line breaks of the template and those that begin a message are in one text, as in transformers.
+        """
+        cut = self._cuts.split(self.render(turns, date, policy))
+        return [self.special[piece] if i % 2 else without_marks(piece) for i, piece in enumerate(cut)]
+
+    def render(self, turns: list[Turn], date: str | None = None, policy: Policy | None = None) -> str:
         """The text of a conversation, with marks, up to its answer. Raises ValueError with one line.
 
         Some templates can read a message as a string only, others as a list of parts only. The form that was
         given is tried first, then the others.
         """
-        turns = check_messages(messages)
+        turns = [replace(turn, parts=list(turn.parts)) for turn in turns]       # they get marks
+        variables = self._variables(date, policy)
         said = self._mark_texts(turns)
         meter = Meter(sum(len(one.text) for one in said))       # for all forms: who fails gains no time
         tried, errors = [], []
@@ -79,7 +73,7 @@ class ChatTemplate:
                 continue
             tried.append(written)
             try:
-                text = self._run(written, date, meter)
+                text = self._run(written, variables, meter)
                 _check_images(text, sum(turn.parts.count(None) for turn in turns))
                 _check_texts(text, said)
                 return text
@@ -112,11 +106,21 @@ class ChatTemplate:
             return text
         return text[:1] + mark + text[1:].translate(self.guard)
 
-    def _run(self, messages: list[dict], date: str | None, meter: Meter) -> str:
-        context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None,
-                   "bos_token": BEGIN, "eos_token": self.eos}
+    def _variables(self, date: str | None, policy: Policy | None) -> dict[str, object]:
+        """What the template gets beside the messages, only where it was given: it has defaults of its own."""
+        variables = {}
         if date is not None:
-            context["date_string"] = self._guarded(_valid("date", date))
+            variables["date_string"] = self._guarded(date)
+        if policy is not None:
+            variables["excluded_category_keys"] = [self._guarded(key) for key in policy.excluded]
+            if policy.categories is not None:
+                variables["categories"] = {self._guarded(key): self._guarded(text)
+                                           for key, text in policy.categories.items()}
+        return variables
+
+    def _run(self, messages: list[dict], variables: dict[str, object], meter: Meter) -> str:
+        context = {"messages": messages, "add_generation_prompt": True, "tools": None, "documents": None,
+                   "bos_token": BEGIN, "eos_token": self.eos, **variables}
         try:
             return render(self.template, context, meter)
         except MemoryError:
@@ -175,56 +179,7 @@ def _compile(source: str, path: Path) -> jinja2.Template:
         raise ValueError(f"{named(path)}: the chat template does not parse: {words}") from None
 
 
-# ---- what goes into a template
-
-def check_messages(messages: Sequence[dict]) -> list[Turn]:
-    """The checked messages of a conversation (see ChatTokenizer.encode). Raises ValueError with one line."""
-    if not isinstance(messages, (list, tuple)):
-        raise ValueError(f"a conversation must be a list of messages, not {quoted(messages)}")
-    turns = [_turn(message) for message in messages]
-    if not turns or turns[-1].role != "user":
-        raise ValueError("a conversation must end with a user's message, the one to answer")
-    length = sum(len(text) for turn in turns for text in turn.parts if text is not None)
-    if length > MOST_TEXT:
-        raise ValueError(f"the conversation has {length:,} characters, more than any context holds: "
-                         "shorten it")
-    return turns
-
-
-def _turn(message: dict) -> Turn:
-    role = message.get("role") if isinstance(message, dict) else message
-    if not isinstance(message, dict) or role not in ROLES:
-        raise ValueError(f"the role of a message must be one of {', '.join(ROLES)}, not {quoted(role)}")
-    content = message.get("content")
-    in_parts = isinstance(content, (list, tuple))
-    parts = [_part(part, role) for part in (content if in_parts else [{"type": "text", "text": content}])]
-    if role == "system" and None in parts:
-        raise ValueError("a system message cannot hold an image: put it into a user's message")
-    if role == "user" and None not in parts and not "".join(parts).strip():
-        raise ValueError("the prompt is empty: give it text, an image or both")
-    return Turn(role, parts, as_string=role == "system" or not in_parts)
-
-
-def _part(part: dict, role: str) -> str | None:
-    """The text of a part, None for an image. What else is in it is left out."""
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text":
-        return _valid(f"text of the {role} message", part.get("text"))
-    if kind != "image":
-        raise ValueError(f'each part of a {role} message must be {{"type": "image"}} or {{"type": "text", '
-                         f'"text": ...}}, not {quoted(part)}; images are given beside the messages')
-    return None
-
-
-def _valid(name: str, text: object) -> str:
-    """A plain str of valid Unicode."""
-    if not isinstance(text, str):
-        raise ValueError(f"the {name} must be text, not {type(text).__name__}")
-    try:
-        return text.encode().decode()
-    except UnicodeEncodeError:
-        raise ValueError(f"the {name} is not valid Unicode: it holds bytes that are not UTF-8") from None
-
+# ---- what goes into it
 
 def _content(turn: Turn, as_string: bool | None) -> dict:
     """A message as templates get it. `as_string` None: as it was given; with an image it is always a list."""
@@ -247,10 +202,13 @@ def _check_texts(text: str, said: list[Said]):
     """Raise ValueError where a text that was said is not in the template's, in its place."""
     position = 0
     for one in said:
-        found = text.find(one.marked, position)
+        written = one.marked
+        if one.role in TOOLS and text.find(written, position) < 0:  # official templates write these as JSON
+            written = json.dumps(written, ensure_ascii=False)[1:-1]
+        found = text.find(written, position)
         if found < 0:
             remedy = ("leave the system message out" if one.role == "system" else
                       "put a chat_template.jinja that writes all messages into the checkpoint's folder")
             raise ValueError(f"the chat template leaves out or changes what the {one.role} message says, "
                              f"{quoted(one.text)}: {remedy}")
-        position = found + len(one.marked)
+        position = found + len(written)

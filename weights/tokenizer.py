@@ -1,36 +1,35 @@
 """The text side of a checkpoint: a conversation becomes token ids, and new token ids become text.
 
-    messages ── chat_template.py ─► text with special tokens ── ChatTokenizer.encode ─► ids ─► decoder
+    messages ── chat_template.py, or else chat_format.py ─► pieces ── ChatTokenizer.encode ─► ids ─► decoder
     decoder ─► ids ── ChatTokenizer.decode, or Detokenizer for one id at a time ─► text
 
-The template's text is cut at special tokens, and what lies between them is tokenised. Only special tokens
-that the template wrote count: the same characters inside a message are plain text. A prompt begins with
-exactly one begin-of-text token, whatever the template and the tokenizer would add; in a base model's prompt
-the image follows it, as in Meta's code. T text tokens.
+A piece is the id of a special token, or a text, which is tokenised by itself. Only special tokens that the
+format writes count: the same characters inside a message are plain text. A prompt begins with exactly one
+begin-of-text token, whatever the template and the tokenizer would add; in a base model's prompt the image
+follows it, as in Meta's code. T text tokens.
 """
 import codecs
 import operator
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from model.config import EXTRA_EMBEDDINGS, Config
-from weights.chat_template import (
+from weights.chat_format import (
     BEGIN,
-    CHAT,
     EOT,
     HEADERS,
     IMAGE,
-    PLAIN,
-    ChatTemplate,
-    find_template,
-    read_settings,
-    without_marks,
+    bare_pieces,
+    check_messages,
+    dialog_pieces,
+    valid_text,
 )
+from weights.chat_template import ChatTemplate, find_template, read_settings, without_marks
 from weights.files import read_bytes
 from weights.messages import named, quoted
+from weights.policy import Policy
 from weights.vocabulary import Vocabulary, library_call, load_tokenizer
 
 MOST_IMAGES = 1000                  # in one message
@@ -61,16 +60,19 @@ def messages(prompt: str, images: int = 0, system: str | None = None,
 
 
 class ChatTokenizer:
-    """Tokenizer and chat template of one checkpoint; `stop_ids` are the tokens that end an answer."""
+    """Tokenizer and prompt format of one checkpoint; `stop_ids` are the tokens that end an answer.
 
-    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, template: ChatTemplate,
-                 stop_ids: tuple[int, ...]):
+    `template` is None where the checkpoint has none: then prompts have Meta's own format, that of instruct
+    models if `is_chat`, else that of base models.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: Vocabulary, template: ChatTemplate | None,
+                 is_chat: bool, stop_ids: tuple[int, ...]):
         self.tokenizer = tokenizer
         self.vocabulary = vocabulary
         self.template = template
+        self.is_chat = is_chat
         self.stop_ids = stop_ids
-        longest_first = sorted(vocabulary.special, key=len, reverse=True)
-        self._cuts = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
 
     @classmethod
     def from_folder(cls, folder: str | Path, config: Config) -> "ChatTokenizer":
@@ -87,26 +89,34 @@ class ChatTokenizer:
         stop_ids = _read_stop_ids(folder / "generation_config.json", config)
         source, path = find_template(folder, settings)
         eot = vocabulary.special.get(EOT)
-        if source is None:
-            is_chat = eot in stop_ids and vocabulary.special.keys() >= set(HEADERS)
-            source = CHAT if is_chat else PLAIN
-        if source is not PLAIN and eot is not None and eot not in stop_ids:
+        is_chat = source is not None or eot in stop_ids and vocabulary.special.keys() >= set(HEADERS)
+        if is_chat and eot is not None and eot not in stop_ids:
             stop_ids += (eot,)              # a turn ends here, also where generation_config.json forgets it
         eos = _eos_token(settings, settings_path) or vocabulary.texts.get(stop_ids[-1], "")
-        template = ChatTemplate(source, path, vocabulary.special, eos)
-        return cls(tokenizer, vocabulary, template, stop_ids)
+        template = None if source is None else ChatTemplate(source, path, vocabulary.special, eos)
+        return cls(tokenizer, vocabulary, template, is_chat, stop_ids)
 
-    def encode(self, messages: Sequence[dict], date: str | None = None) -> list[int]:
+    def encode(self, messages: Sequence[dict], date: str | None = None,
+               policy: Policy | None = None) -> list[int]:
         """Token ids [T] of a conversation, up to where the answer begins. Raises ValueError with one line.
 
-        A message is {"role": "user", "assistant" or "system", "content": text, or a list of {"type": "image"}
-        and {"type": "text", "text": text}}. `date` is written where the template would write today's. Every
-        text of the conversation is in the ids as it was given, but for white space at its ends.
+        A message is {"role": "user", "assistant", "system" or "tool" (also called "ipython"), "content": a
+        text, or a list of {"type": "image"} and {"type": "text", "text": text}}. A last message of the
+        assistant's is closed like all others, and the answer is a turn of its own, as in Meta's code and in
+        transformers. `date` is written where the template would write today's; `policy` is for the template
+        of Llama Guard. Every text of the conversation is in the ids as it was given, but a template may trim
+        white space at its ends.
         """
-        text = self.template.render(messages, date)
-        bos = self.vocabulary.special[BEGIN]
-        ids = library_call("the prompt cannot be tokenised", lambda: list(self._tokenise(text)))
-        return [bos, *(i for i in ids if i != bos)]
+        turns = check_messages(messages)
+        if date is not None:
+            date = valid_text("date", date)
+        special = self.vocabulary.special
+        if self.template is not None:
+            pieces = self.template.pieces(turns, date, policy)
+        else:
+            pieces = dialog_pieces(turns, special) if self.is_chat else bare_pieces(turns, special)
+        ids = library_call("the prompt cannot be tokenised", lambda: list(self._tokenise(pieces)))
+        return [special[BEGIN], *(i for i in ids if i != special[BEGIN])]
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of token ids, special tokens left out; bytes that are not UTF-8 become U+FFFD.
@@ -137,14 +147,11 @@ class ChatTokenizer:
             return text.encode()
         return b"".join(_BYTES.get(c) or c.encode() for c in text)
 
-    def _tokenise(self, text: str) -> Iterator[int]:
-        # Text between two special tokens is encoded in one piece: line breaks of the template and those that
-        # begin a message form one token.
-        for i, piece in enumerate(self._cuts.split(text)):
-            if i % 2:
-                yield self.vocabulary.special[piece]
+    def _tokenise(self, pieces: list[int | str]) -> Iterator[int]:
+        for piece in pieces:
+            if isinstance(piece, int):
+                yield piece
                 continue
-            piece = without_marks(piece)
             ids = self.tokenizer.encode(piece, add_special_tokens=False).ids
             self._check_ids(piece, ids)
             yield from ids

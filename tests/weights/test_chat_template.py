@@ -82,8 +82,7 @@ def test_template_is_kept_in_a_sandbox(folder, config, attack):
 
 
 @pytest.mark.parametrize("turns, words", [
-    ([], "must end with a user"),
-    ([user("x"), {"role": "assistant", "content": "y"}], "must end with a user"),
+    ([], "must end with a message to answer, a user's"),
     ([user("")], "the prompt is empty"),
     ([user(" \n")], "the prompt is empty"),
     ([user([])], "the prompt is empty"),
@@ -93,7 +92,7 @@ def test_template_is_kept_in_a_sandbox(folder, config, attack):
     ([user("caf\udce9")], "not valid Unicode"),
     ([user([{"type": "audio", "data": "a\nb"}])], "each part of a user message"),
     ([user(["<|image|>"])], "each part of a user message"),
-    ([{"role": "robot", "content": "x"}], "system, user, assistant, not 'robot'"),
+    ([{"role": "robot", "content": "x"}], "system, user, assistant, tool, ipython, not 'robot'"),
     ([{"content": "x"}], "not None"),
     (["hello"], "not 'hello'"),
     ([{"role": "system", "content": [IMAGE_PART]}, user("x")], "cannot hold an image"),
@@ -278,7 +277,7 @@ def test_refusals_have_a_bounded_length(folder, config, turns):
     ([user("x\ud800")], "not valid Unicode"),
     ([{"role": "assistant", "content": "\udfff"}, user("x")], "text of the assistant message is not valid"),
     ([{"role": ["user"], "content": "x"}], "not ['user']"),
-    (["user"], "the role of a message must be one of system, user, assistant, not 'user'"),
+    (["user"], "the role of a message must be one of system, user, assistant, tool, ipython, not 'user'"),
 ], ids=short)
 def test_refusals_name_the_remedy(current, turns, words):
     assert words in refusal(current.encode, turns)

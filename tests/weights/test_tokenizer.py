@@ -68,12 +68,6 @@ def test_typed_special_tokens_of_white_space_are_plain_text(folder, config):
         assert 402 not in encoded and text in tokenizer.decode(encoded)
 
 
-def test_built_in_format_for_instruct_models(folder, config):
-    tokenizer = ChatTokenizer.from_folder(folder, config)
-    for turns in CONVERSATIONS.values():
-        assert tokenizer.encode(turns) == theirs(folder, turns, SIMPLE)
-
-
 def test_base_models_get_bare_text_after_begin_of_text_and_image(base_folder, config, ids):
     tokenizer = ChatTokenizer.from_folder(base_folder, config)
     bos, image = ids["<|begin_of_text|>"], ids["<|image|>"]
