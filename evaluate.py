@@ -16,8 +16,6 @@ import program
 program.begin(__name__)
 
 import argparse
-import sys
-import time
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, nullcontext
@@ -49,6 +47,7 @@ from program import say
 from pruning import Pruner, hooks
 from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
+from terminal import Progress
 from weights import find_checkpoint
 from weights.files import read_bytes
 from weights.messages import quoted
@@ -73,20 +72,13 @@ def evaluate(assistant: Assistant, exam: Exam, pruners: Sequence[Pruner] = (Prun
     """
     records = list(store.records) if store else []
     known = len(records)
-    began = time.monotonic()
-    progress = ""
-    try:
+    with Progress("images") as report:
+        report(known, len(exam))
         for (scene, questions), record in zip(exam[known:], elsewhere or repeat(None), strict=False):
             records.append(record or examine(assistant, scene, questions, pruners, compare_layers, blur))
             if store:
                 store.add(records[-1])
-            if sys.stderr.isatty():
-                seconds_each = (time.monotonic() - began) / (len(records) - known)
-                progress = progress_line(len(records), len(exam), seconds_each)
-                say(f"\r{progress}", end="")
-    finally:
-        if progress:
-            say("")
+            report(len(records), len(exam))
     return records
 
 
@@ -128,13 +120,6 @@ def row_of(answer: Answer, encoded: EncodedImages, texts: list[str], questions: 
             "kept": [mean(layers) / encoded.real for layers in answer.kept],
             "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored": answer.image_kv_stored,
             "prefill_ms": answer.ms["prefill"], "decode_ms": answer.ms["decode"], "steps": steps}
-
-
-def progress_line(done: int, total: int, seconds_each: float) -> str:
-    minutes, seconds = divmod(round((total - done) * seconds_each), 60)
-    left = f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02}"
-    bar = "=" * (30 * done // total)
-    return f"[{bar:30}] {done}/{total} images, {left} left      "
 
 
 # ----- the command line

@@ -1,15 +1,24 @@
-"""What fits on a terminal: two pages of help, laid out for its width."""
+"""What is shown on a terminal: two pages of help, laid out for its width, and the progress of long work."""
 import argparse
+import os
 import shlex
 import shutil
+import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from threading import Event, Lock, Thread
 from typing import TextIO
 
 from program import fail, write
 
 LEAST_WIDTH = 30            # a narrower terminal breaks the lines itself
 WIDEST_NAME = 22            # columns of an option's name; the help of a longer one begins below it
+PATIENCE = 1.0              # seconds of work before its progress is shown
+INTERVAL = 0.2              # seconds between two looks at how far it is
+THE_LINE = Lock()           # a terminal has one line for progress: whoever holds this may write there
+
+# ----- help
 
 
 class Parser(argparse.ArgumentParser):
@@ -130,3 +139,116 @@ def command_lines(command: str, columns: int) -> list[str]:
             line = "     "
         line += f" {word}"
     return [*lines, line]
+
+
+# ----- progress
+
+
+class Progress:
+    """One line on the terminal about work that takes longer than a second.
+
+        with Progress("encoding") as report:
+            for i, layer in enumerate(layers):
+                ...
+                report(i + 1, len(layers))
+
+    The line tells what is done, how far it is, and how long it will take, or how long it has taken where
+    nothing is reported. It is rewritten on stderr, from a thread of its own, so that a report costs less than
+    a microsecond and a long step is not a silent one. It is gone when all is done (the next report of less
+    shows it again), and when the context ends, in whatever way: an answer may be written then. `clear` before
+    a message in between. Without a terminal, or within the context of another Progress, nothing is shown.
+    `number` writes what is counted, bytes for example.
+    """
+
+    def __init__(self, what: str, number: Callable[[int], str] = str):
+        self.what = what
+        self.number = number
+        self.first: tuple[int, float] | None = None             # what was done, and when
+        self.last: tuple[int, int, float] | None = None         # what is done, of how many, and when
+        self.shown = ""
+        self.stream: TextIO | None = None
+        self.drawing = Lock()
+        self.ended = Event()
+
+    def __enter__(self) -> "Progress":
+        self.began = time.monotonic()
+        if is_terminal(sys.stderr) and THE_LINE.acquire(blocking=False):
+            self.stream = sys.stderr
+            Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __call__(self, done: int, total: int):
+        """Report how much of the work is done."""
+        if self.stream is None:
+            return
+        now = time.monotonic()
+        if self.first is None or done < self.last[0]:           # it may begin again, with the next image
+            self.first = done, now
+        self.last = done, total, now
+        if done >= total:
+            self.clear()
+
+    def __exit__(self, *error):
+        if self.stream is not None:
+            self.ended.set()
+            self.clear()
+            THE_LINE.release()
+            self.stream = None
+
+    def clear(self):
+        """Remove the line; it comes back if the work goes on."""
+        with self.drawing:
+            if self.shown:
+                self._write("")
+
+    def _watch(self):
+        wait = PATIENCE
+        while not self.ended.wait(wait):
+            with self.drawing:
+                if not self.ended.is_set() and (self.last is None or self.last[0] < self.last[1]):
+                    self._write(self._text(time.monotonic()))
+            wait = INTERVAL
+
+    def _text(self, now: float) -> str:
+        if self.last is None:
+            return f", {duration(now - self.began)}"
+        done, total, reported = self.last
+        first, began = self.first
+        text = f" {self.number(done)} of {self.number(total)}, "
+        if done == first:
+            return text + duration(now - self.began)
+        left = (reported - began) / (done - first) * (total - done) - (now - reported)
+        return text + f"{duration(max(0, left))} left"
+
+    def _write(self, text: str):
+        """Over the text before it. The cursor is left at the start, where the terminal writes ^C."""
+        room = columns_of(self.stream) - 1
+        if text:                                # on a narrow terminal the numbers matter more than the words
+            text = (self.what[:max(0, room - len(text))] + text)[:room]
+        if text == self.shown:
+            return
+        try:
+            self.stream.write(f"\r{text:{min(room, len(self.shown))}}\r")
+            self.stream.flush()
+        except (OSError, ValueError):           # the terminal is gone or closed: nobody is there to be told
+            self.ended.set()
+        self.shown = text
+
+
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether a line there can be rewritten."""
+    return stream is not None and stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def columns_of(stream: TextIO) -> int:
+    """Its width now: a window may change."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):               # no real terminal
+        return 80
+
+
+def duration(seconds: float) -> str:
+    """Minutes and seconds, "0:35", or "5 h 33 min"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60} h {minutes % 60:02} min" if minutes >= 60 else f"{minutes}:{seconds:02}"

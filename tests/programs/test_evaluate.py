@@ -2,6 +2,7 @@
 import json
 import sys
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -138,21 +139,21 @@ def test_other_weights_are_other_settings(tmp_path):
     assert len(seen | {evaluate.fingerprint(tmp_path)}) == 4
 
 
-def test_progress_says_how_long_it_takes():
-    first = evaluate.progress_line(3, 10, 20.0)
-    assert first.startswith(f"[{'=' * 9}{' ' * 21}] 3/10 images, 2:20 left")
-    assert "5 h 33 min left" in evaluate.progress_line(10, 20000, 1.0)
+def test_progress_counts_the_images_of_this_run_and_of_those_before(assistant, monkeypatch):
+    reported = []
 
+    class Recorded(evaluate.Progress):
+        def __call__(self, done: int, total: int):
+            reported.append((self.what, done, total))
 
-def test_progress_is_one_line_on_a_terminal_alone(assistant, monkeypatch, capsys):
+    monkeypatch.setattr(evaluate, "Progress", Recorded)
     exam = make_exam(6)
-    evaluate.evaluate(assistant, exam)
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    evaluate.evaluate(assistant, exam)
-    _, first, last = capsys.readouterr().err.split("\r")
-    assert "1/2 images" in first and "2/2 images, 0:00 left" in last
-    assert last.endswith("\n") and "\n" not in first
+    records = evaluate.evaluate(assistant, exam)
+    assert reported == [("images", done, 2) for done in range(3)]
+    reported.clear()
+    store = SimpleNamespace(records=records[:1], add=lambda record: None)
+    assert len(evaluate.evaluate(assistant, exam, store=store)) == 2
+    assert reported == [("images", done, 2) for done in (1, 2)]
 
 
 # ----- bad input
