@@ -67,10 +67,10 @@ def arguments() -> argparse.Namespace:
     rare("--repeat", type=whole_number, default=7, metavar="N", help="rounds, after warm-up; default 7")
     add("--against", choices=[PEER], help="on the same weights, in turns")
     add("--compile", action="store_true", help="also decode compiled")
-    add("--prune", metavar="P", help="also with this method, as of generate.py")
-    add("--keep", metavar="R,...", help="its keep ratio; --methods and --whole take several")
+    add("--prune", metavar="P,...", help="also with these methods, as of generate.py")
+    add("--keep", metavar="R,...", help="keep ratios, of each method")
     rare("--set", action="append", default=[], metavar="K=V",
-         help="one of its options; with --methods of all that have it, or P.K=V")
+         help="an option of all methods that have it, or P.K=V of one")
     parser.section("other measurements")
     rare("--preset", choices=["table2"], help="the decoder alone, as in Table 2 of the paper")
     rare("--waterfall", action="store_true", help="only what each optimisation of decoding gains, in a row")
@@ -97,13 +97,18 @@ def command(args: argparse.Namespace):
     subject, loading = make_subject(args, device)
     with torch.inference_mode():
         made = measure(args, subject, loading, pruners)
-    if args.json is not None:
-        with writing("--json", args.json) as partial_file:
-            partial_file.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
+    save(args, made)
     print(tables.text(made))
     if args.plot is not None:
         with writing("--plot", args.plot) as partial_file:
             plot(made, partial_file)
+
+
+def save(args: argparse.Namespace, made: dict):
+    """Write what has been measured so far: whoever stops a long measurement keeps that."""
+    if args.json is not None:
+        with writing("--json", args.json) as partial_file:
+            partial_file.write_text(json.dumps(made, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruners: list[Pruner]) -> dict:
@@ -115,7 +120,7 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
     made = {"machine": machine(subject.device), "versions": versions(peers), "command": spoken(sys.argv[1:]),
             "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": [],
-            "methods": [], "whole": [], "masks": []}
+            "methods": [], "whole": [], "masks": [], "compiled": []}
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
     if args.methods is not None:
         say("methods")
@@ -133,7 +138,7 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     else:
         made["rows"] = bench.rows("load", None, None, loading) if loading else []
         for tiles in args.tiles:
-            bench.run(tiles, made)
+            bench.run(tiles, made, partial(save, args))
     return made
 
 
@@ -156,9 +161,18 @@ def check(args: argparse.Namespace) -> list[Pruner]:
     if several is not None:
         keeps = "0.25" if args.keep is None else args.keep
         return [Pruner(), *parse_pruners(several, keeps.split(","), args.set)]
-    own = parse_pruner(args.prune, args.keep, args.set)
     kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
-    return [Pruner(), *kept, *([] if own is None or own.keeps_all else [own])]
+    return [Pruner(), *kept, *(pruner for pruner in chosen(args) if not pruner.keeps_all)]
+
+
+def chosen(args: argparse.Namespace) -> list[Pruner]:
+    """The methods of --prune: one at its own keep ratio, or several at each of those of --keep."""
+    if args.prune is not None and args.keep is not None:
+        return parse_pruners(args.prune, args.keep.split(","), args.set)
+    if args.prune is not None and "," in args.prune:
+        raise ValueError(f"--prune {quoted(args.prune)}: several methods need a --keep")
+    own = parse_pruner(args.prune, args.keep, args.set)
+    return [] if own is None else [own]
 
 
 def check_numbers(args: argparse.Namespace):

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks.measure import in_turns, peak_added, timed, times_in_turns
 from benchmarks.peer import Peer, PeerImage
+from benchmarks.same import compiled_beside_plain, graphs_made
 from benchmarks.subject import Decode, Subject
 from benchmarks.timed import Timed
 from benchmarks.waterfall import warm_up_rounds
@@ -55,8 +56,8 @@ class Bench:
             for decoders in self.decoders.values():
                 decoders[COMPILED] = subject.compiled()
 
-    def run(self, tiles: int, made: dict):
-        """All parts, for an image of so many tiles."""
+    def run(self, tiles: int, made: dict, save: Callable[[dict], None]):
+        """All parts, for an image of so many tiles; `save` what is known after every batch."""
         say(f"tiles {tiles}: encode")
         encoded = self.encode_images(tiles)
         if self.args.preset is None:
@@ -64,9 +65,14 @@ class Bench:
         if self.peers:
             made["equal"].append(self.difference(encoded))
         for batch in self.args.batch:
+            before = graphs_made()
             for part in self.answers, self.memory:
                 say(f"tiles {tiles}, batch {batch}: {part.__name__}")
                 made["rows"] += part(batch, encoded)
+            if self.args.compile:
+                say(f"tiles {tiles}, batch {batch}: compiled beside plain")
+                made["compiled"] += self.compiled(batch, encoded, graphs_made() - before)
+            save(made)
 
     # ----- the parts
 
@@ -99,6 +105,17 @@ class Bench:
                                  self.subject.device)
         flops = {FULL: self.subject.project_flops(image.features.shape[1])}
         return rows + self.rows("project", 1, encoded.count, samples, flops=flops)
+
+    def compiled(self, batch: int, encoded: Encoded, graphs: int) -> list[dict]:
+        """Whether compiled decoding gives what plain decoding gives; `graphs` were made for all methods."""
+        ids = self.subject.prompt(batch, self.args.prompt_tokens)
+        rows = []
+        for name, pruner in self.pruners.items():
+            same = compiled_beside_plain(self.subject, ids, encoded.images[name], self.args.new_tokens,
+                                         pruner, self.decoders[name][COMPILED])
+            rows.append({"batch": batch, "tiles": encoded.count, "graphs": graphs,
+                         "pruner": None if name == FULL else name, **same})
+        return rows
 
     def answers(self, batch: int, encoded: Encoded) -> list[dict]:
         """Rows of prefill, first_token, prune and decode."""

@@ -110,14 +110,14 @@ class Subject:
         return self.model.dtype
 
     def answer(self, ids: Tensor, image: ImageTokens | None, new_tokens: int, pruner: Pruner | None = None,
-               decode: Decode | None = None) -> Answer:
-        """Greedy answers to prompts [B, T] about one image, or about none.
+               decode: Decode | None = None, sample: Callable[[Tensor], Tensor] = GREEDY) -> Answer:
+        """Answers to prompts [B, T] about one image, or about none; greedy unless `sample` is given.
 
         `new_tokens` are decoded for each, after the first token, which comes from prefill; 0: prefill alone.
         """
         image = None if image is None else image.expand(len(ids))
         pruner = Pruner() if pruner is None else pruner
-        return pruner.around(self.generate)(self.model, ids.tolist(), image, new_tokens + 1, (), GREEDY,
+        return pruner.around(self.generate)(self.model, ids.tolist(), image, new_tokens + 1, (), sample,
                                             ignore, pruner, decode)
 
     def peer_answer(self, peer: Peer, ids: Tensor, image: PeerImage, new_tokens: int) -> Answer:

@@ -132,6 +132,7 @@ def notes(made: dict) -> list[str]:
         lines.append(f"tiles {equal['tiles']}: logits differ from transformers' by at most "
                      f"{equal['max_difference']:.1e} (their standard deviation {equal['std']:.2g}), its two "
                      "deviations corrected")
+    lines += [compiled(each) for each in made.get("compiled", [])]
     for row in made["rows"]:
         where = f"tiles {row['tiles']}, batch {row['batch']}"
         if row["component"] == "prune":
@@ -144,6 +145,14 @@ def notes(made: dict) -> list[str]:
     lines = list(dict.fromkeys(lines))          # a row beside each of theirs says the same
     return lines + [f"{name}: the first call, which compiles, took {seconds:.1f} s"
                     for name, seconds in first_calls(made).items()]
+
+
+def compiled(each: dict) -> str:
+    """How compiled decoding compares with plain decoding, in one line."""
+    return (f"tiles {each['tiles']}, batch {each['batch']}, {each['pruner'] or 'the whole image'}: compiled "
+            f"logits differ from the plain ones by at most {each['max_difference']:.1e} (their standard "
+            f"deviation {each['std']:.2g}), {each['equal_tokens']} of {each['tokens']} tokens are the same, "
+            f"{each['graphs']} graphs were made")
 
 
 def first_calls(made: dict) -> dict[str, float]:

@@ -32,7 +32,7 @@ class Compiled:
     def __init__(self, decode: Callable[[Tensor, Cache], Tensor], device: torch.device):
         # Round to bf16 wherever the plain path does: otherwise greedy tokens would differ.
         options = {"emulate_precision_casts": True, "triton.cudagraphs": device.type == "cuda",
-                   "post_grad_custom_post_pass": WrittenOut() if device.type == "cpu" else None}
+                   "post_grad_custom_post_pass": WRITTEN_OUT if device.type == "cpu" else None}
         self.bucket = BUCKET if device.type == "cuda" else 1
         self.decode = torch.compile(decode, fullgraph=True, options=options)
         self.buffers: dict[str, Tensor] = {}
@@ -127,3 +127,6 @@ def write_out(match: patterns.Match, x: Tensor, weight: Tensor):
         return (weight.mT.float() * x.float()).sum(-1)[None].to(x.dtype)
 
     match.replace_by_example(product, [x, weight])
+
+
+WRITTEN_OUT = WrittenOut()          # one for all, because graphs are shared where options are equal
