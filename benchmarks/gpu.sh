@@ -12,12 +12,14 @@ case "${1:-}" in
         out=benchmarks/results
         size=(--shape 11b --device cuda --repeat 3 --new-tokens 16)
         batches=1,8,32
+        table2=1,4,8,16,32
         ;;
     --rehearse)
         out=${2:?give a folder: benchmarks/gpu.sh --rehearse FOLDER}
         mkdir -p "$out" || exit 2
         size=(--shape tiny --device cpu --repeat 1 --new-tokens 3 --prompt-tokens 12)
         batches=1,2
+        table2=1,2
         ;;
     *)
         echo "error: unknown argument $1: use benchmarks/gpu.sh, or benchmarks/gpu.sh --rehearse FOLDER" >&2
@@ -37,11 +39,11 @@ measure() {     # seconds, file, options of benchmark.py
     }
 }
 
-# Decoding against the memory ceiling: plain and compiled, whole and pruned, in all three kinds of weights.
-measure 300 gpu-11b-decode.json --tiles 4 --batch $batches --compile --quantize int8,int4 \
+# Decoding against the memory ceiling: plain and compiled, whole and pruned.
+measure 300 gpu-11b-decode.json --tiles 4 --batch $batches --compile \
     --prune trimmed_llama,coreset --keep 0.1
 # Encoding and the first token, beside transformers.
 measure 130 gpu-11b-transformers.json --tiles 1,4 --against transformers
 # Table 2 of arXiv 2504.00557.
-measure 100 gpu-11b-table2.json --preset table2 --batch $batches --prune trimmed_llama,coreset --keep 0.396
+measure 100 gpu-11b-table2.json --preset table2 --batch $table2 --prune trimmed_llama,coreset --keep 0.396
 exit $failed

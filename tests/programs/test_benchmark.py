@@ -3,6 +3,7 @@
 On a tiny network, and nothing here depends on how fast anything is. Eager decoding stands in for compiled
 decoding, and this project for transformers, except in the tests of the real peer.
 """
+import json
 import shlex
 from dataclasses import replace
 
@@ -50,10 +51,37 @@ def test_every_part_beside_transformers(run_benchmark):
     kv = [row for row in rows if row["component"] == "image_kv"]
     assert {row["ratio"] for row in kv if row["method"] == "none"} == {4.0} and len(kv) == 8
     assert [equal["tiles"] for equal in made["equal"]] == [1, 2]
+    assert [(each["tiles"], each["batch"], each["pruner"]) for each in made["compiled"]] == [
+        (tiles, batch, name) for tiles in (1, 2) for batch in (1, 2)
+        for name in (None, str(load("trimmed_llama", keep=0.3)))]
+    assert all(each["equal_tokens"] == each["tokens"] > 0 == each["max_difference"] < each["std"]
+               for each in made["compiled"])
     assert max(equal["max_difference"] for equal in made["equal"]) == 0
     assert made["versions"]["transformers"] == "9.9" and made["settings"]["repeat"] == 2
     assert shlex.split(made["command"])[-2:] == ["--json", "made.json"]
     assert out.count("\n") > len(rows) and "the own work of trimmed_llama" in out
+
+
+def test_several_methods_at_several_ratios(run_benchmark):
+    _, made = run_benchmark("--tiles", "2", "--prune", "random,coreset", "--keep", "0.5,0.2")
+    kept = [(row["method"], row["keep"]) for row in made["rows"] if row["component"] == "decode"]
+    assert kept == [("none", 1.0), ("random", 0.5), ("random", 0.2), ("coreset", 0.5), ("coreset", 0.2)]
+
+
+def test_what_was_measured_before_an_interruption_is_there(run_benchmark, monkeypatch, tmp_path):
+    """The file is written after each number of tiles; stopping in the second one leaves the first."""
+    inner = parts.Bench.memory
+
+    def stop_at_two(bench, batch, encoded):
+        if encoded.count == 2:
+            raise KeyboardInterrupt
+        return inner(bench, batch, encoded)
+
+    monkeypatch.setattr(parts.Bench, "memory", stop_at_two)
+    with pytest.raises(SystemExit):
+        run_benchmark("--tiles", "1,2")
+    made = json.loads((tmp_path / "made.json").read_text())
+    assert {row["tiles"] for row in made["rows"]} == {1}
 
 
 def test_the_fraction_of_a_ceiling(run_benchmark):
@@ -101,7 +129,9 @@ def test_the_real_transformers(subject):
     ceilings = {"copy_bytes_per_s": 1e9, "matmul_flops": 1e9}
     bench = parts.Bench(args, subject, {parts.EAGER: peer}, [Pruner()], ceilings)
     made = {"rows": [], "equal": []}
-    bench.run(1, made)
+    saved = []
+    bench.run(1, made, lambda so_far: saved.append(len(so_far["rows"])))
+    assert saved == [len(made["rows"])]
     assert made["equal"][0]["max_difference"] < 1e-4 < made["equal"][0]["std"]
     rows = {row["component"]: row for row in made["rows"]}
     assert rows["image_kv"]["ratio"] == 4 and rows["decode"]["peer"] == f"transformers {peer.version}, eager"
