@@ -1,27 +1,34 @@
 """One safetensors file: read by mapping it into memory, and written tensor by tensor.
 
 The format is 8 bytes of length, a JSON header (name -> dtype, shape, place), then the data without gaps.
-Reading checks the header and the size of the file before any weight is touched. A file must not be cut or
-overwritten in place while tensors are mapped from it; replacing or deleting it is harmless.
+Reading checks the header and the size of the file before any weight is touched. A file may be larger than
+memory: its pages are read when they are used, all processes that map it share them, and the system may drop
+them again. A file must not be cut or overwritten in place while tensors are mapped from it; replacing or
+deleting it is harmless.
 """
 import ctypes
 import json
+import mmap
 import os
+import sys
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from weights.files import open_regular, replacing, unreadable
-from weights.messages import named, one_line, quoted
+from weights.files import open_regular, regular_file, replacing, unreadable
+from weights.messages import named, one_line, quoted, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PACKED = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}          # of quantized weights
+BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
+        "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
+        "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}    # of a number
 MAX_HEADER = 10_000_000             # bytes; that of the 90B, in one file, would have 200 kB
 AGAIN = "download the file again"
+NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)     # of Linux; Python knows its name since 3.13
 
 
 class Shard:
@@ -34,23 +41,39 @@ class Shard:
         self.path = path
         self.entries, self.start, size = _header(path)
         try:
-            with safe_open(path, "pt"):                 # checks the rest: offsets, sizes, dtypes, no gaps
-                pass
-            self.storage = torch.UntypedStorage.from_file(str(path), False, size)
-        except SafetensorError as error:
-            raise ValueError(f"{named(path)}: not a good safetensors file ({one_line(error)}); "
-                             f"{AGAIN}") from None
-        except (OSError, RuntimeError, MemoryError) as error:   # no address space, or a file that shrinks
-            raise ValueError(f"{named(path)}: cannot be mapped into memory ({one_line(error)}); free memory, "
-                             "and let no program write to the file") from None
+            self.storage = mapped(path, size)
+        except (OSError, ValueError) as error:          # an address space with a limit; a file that shrinks
+            why = reason(error) if isinstance(error, OSError) else one_line(error)
+            raise ValueError(f"{named(path)}: cannot be mapped into memory ({why}); let the process have "
+                             f"{size / 1e9:.1f} GB of addresses (ulimit -v), and let no program write to the "
+                             "file") from None
 
     def view(self, name: str) -> Tensor:
-        """A tensor that is the mapped file. (safe_open's reads a byte of each: gigabytes, with readahead.)"""
+        """A tensor that is the mapped file."""
         entry = self.entries[name]
         start, stop = (self.start + offset for offset in entry["data_offsets"])
         dtype = (STORED | PACKED)[entry["dtype"]]
         flat = torch.empty(0, dtype=dtype, device="cpu").set_(self.storage[start:stop])
         return flat.view(entry["shape"])
+
+
+# ----- reading
+
+# The library's `safe_open` checks a header, too, but it maps the file in its own way: it reserves the memory.
+
+
+def mapped(path: Path, size: int) -> torch.UntypedStorage:
+    """The bytes of a file; whoever writes to them writes to a private copy of a page, never to the file.
+
+    Such a mapping counts as memory that may be written whole, and Linux refuses one that is larger than what
+    is free. NO_RESERVE says that it will not be. Raises OSError or ValueError as `mmap` does.
+    """
+    with regular_file(path) as file:
+        if sys.platform == "linux":
+            pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | NO_RESERVE)
+        else:
+            pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)     # reserves nothing
+    return torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()         # which keeps `pages` alive
 
 
 def _header(path: Path) -> tuple[dict[str, dict], int, int]:
@@ -76,6 +99,9 @@ def _header(path: Path) -> tuple[dict[str, dict], int, int]:
     needed = 8 + length + end
     if size < needed:
         raise ValueError(f"{named(path)}: truncated: {size:,} of {needed:,} bytes are there; {AGAIN}")
+    fault = _fault(entries, size - 8 - length)
+    if fault is not None:
+        raise ValueError(f"{named(path)}: not a good safetensors file ({fault}); {AGAIN}")
     return entries, 8 + length, size
 
 
@@ -83,12 +109,32 @@ def _parse_header(text: bytes) -> tuple[dict[str, dict] | None, int]:
     """The entries of the tensors, None where they are damaged, and where the last tensor ends."""
     try:
         entries = {name: entry for name, entry in json.loads(text).items() if name != "__metadata__"}
+        fields = [(entry["dtype"], *entry["data_offsets"], *entry["shape"]) for entry in entries.values()]
         ends = [entry["data_offsets"][1] for entry in entries.values()]
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, MemoryError):
         return None, 0
-    if any(type(end) is not int or not 0 <= end < 2 ** 62 for end in ends):
-        return None, 0
+    for dtype, *numbers in fields:
+        if not isinstance(dtype, str) or any(type(n) is not int or not 0 <= n < 2 ** 62 for n in numbers):
+            return None, 0
     return entries, max(ends, default=0)
+
+
+def _fault(entries: dict[str, dict], size: int) -> str | None:
+    """What is wrong with the tensors' places; None where they fill `size` bytes without gaps."""
+    place = 0
+    for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+        bits = BITS.get(entry["dtype"])
+        if bits is None:
+            return f"tensor {quoted(name)} has the unknown dtype {quoted(entry['dtype'], 20)}"
+        for length in entry["shape"]:
+            bits *= length
+            if bits >= 2 ** 66:
+                return f"tensor {quoted(name)} has a shape beyond 64 bits"
+        end = place + -(-bits // 8)
+        if entry["data_offsets"] != [place, end]:
+            return f"tensor {quoted(name)} should lie at bytes {place:,} to {end:,} of the data"
+        place = end
+    return None if place == size else f"its {size:,} bytes of data are not fully covered by tensors"
 
 
 def read_tensors(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
