@@ -212,7 +212,8 @@ def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subjec
         say(f"loading {folder.name}")
         open_model = partial(load_model, folder, device, dtype)
         samples = times_in_turns({(FULL, EAGER): open_model}, args.repeat, device)      # one model at a time
-        return Subject(open_model().requires_grad_(False), generate, folder.name, complete), samples
+        model = open_model().requires_grad_(False)
+        return Subject(model, generate, folder.name, model.config), samples
     config = complete if args.layers is None else cut(complete, args.layers)
     say(f"random weights of {args.shape or 'tiny'}")
     model = random_model(config, device, dtype or torch.bfloat16)

@@ -22,7 +22,7 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from model.config import Config
+from model.config import EXTRA_EMBEDDINGS, Config
 from model.image_tokens import Grid, ImageKV, Tiles
 from model.llama_vision import LlamaVision
 from weights import official_state_dict
@@ -255,9 +255,16 @@ def their_name(official: str) -> str:
 
 
 def their_config(config: Config, transformers: ModuleType):
-    """Our Config as a MllamaConfig, for sdpa. No weights are tied in it: each is assigned by its name."""
+    """Our Config as a MllamaConfig, for sdpa. No weights are tied in it: each is assigned by its name.
+
+    Raises ValueError where transformers cannot load such a checkpoint.
+    """
+    if config.text.extra_embeddings != EXTRA_EMBEDDINGS:
+        raise ValueError(f"--against transformers: its embedding must have {EXTRA_EMBEDDINGS} rows more than "
+                         f"its head, and this one has {config.text.extra_embeddings}: leave out --against")
     vision = asdict(config.vision)
     text = asdict(config.text)
+    del text["extra_embeddings"]
     vision["attention_heads"] = vision.pop("num_attention_heads")
     vision["vision_output_dim"] = config.vision.output_dim
     for name in "supported_aspect_ratios", "intermediate_layers_indices":

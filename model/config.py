@@ -6,7 +6,7 @@ checkpoint's config.json and checks them.
 """
 from dataclasses import dataclass, field
 
-EXTRA_EMBEDDINGS = 8       # rows of the embedding table beyond the vocabulary; the first of them is <|image|>
+EXTRA_EMBEDDINGS = 8       # rows that the embedding has more than the head; the first of them is <|image|>
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,8 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class TextConfig:
-    vocab_size: int = 128256
+    vocab_size: int = 128256                    # rows of the head
+    extra_embeddings: int = EXTRA_EMBEDDINGS    # 0 after transformers' resize_token_embeddings
     hidden_size: int = 4096
     intermediate_size: int = 14336
     num_hidden_layers: int = 40                 # self- and cross-attention layers together
@@ -75,6 +76,11 @@ class TextConfig:
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = (128001,)
+
+    @property
+    def embedding_rows(self) -> int:
+        """Token ids that prompts may hold."""
+        return self.vocab_size + self.extra_embeddings
 
     @property
     def head_dim(self) -> int:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.cache import Cache, rounded_up
-from model.config import EXTRA_EMBEDDINGS, TextConfig
+from model.config import TextConfig
 from model.image_tokens import ImageKV, ImageTokens, Queries, attention_mask
 from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequencies, rotate, split_heads
 
@@ -27,7 +27,7 @@ class Decoder(nn.Module):
     def __init__(self, config: TextConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size + EXTRA_EMBEDDINGS, config.hidden_size)
+        self.embed_tokens = nn.Embedding(config.embedding_rows, config.hidden_size)
         self.layers = nn.ModuleList(
             CrossAttentionLayer(config) if i in config.cross_attention_layers else SelfAttentionLayer(config)
             for i in range(config.num_hidden_layers))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from model.cache import Cache
-from model.config import EXTRA_EMBEDDINGS, Config
+from model.config import Config
 from model.decoder import CrossAttentionLayer, Decoder, LayerHook, SelfAttentionLayer
 from model.image_tokens import EncoderStates, ImageTokens, Tiles, visible_images, visible_tokens
 from model.vision import VisionEncoder
@@ -130,7 +130,7 @@ class LlamaVision(nn.Module):
             raise ValueError("the model is on the meta device, which holds no weights: load it elsewhere")
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
-        known = self.config.text.vocab_size + EXTRA_EMBEDDINGS
+        known = self.config.text.embedding_rows
         for b, ids in enumerate(prompts):
             if not ids:
                 raise ValueError(f"prompt {b} is empty: give it at least one token")

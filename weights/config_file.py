@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TypeVar
 
-from model.config import EXTRA_EMBEDDINGS, Config, RopeScaling, TextConfig, VisionConfig
+from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from weights.files import read_json
 from weights.messages import named, one_line, quoted
 
@@ -57,7 +57,7 @@ def config_from_dict(data: dict) -> Config:
     config = Config(vision, text, image_token)
     _check_vision(config.vision)
     _check_text(config.text)
-    _check_image_token(config)
+    _check_image_token(image_token)
     return config
 
 
@@ -109,6 +109,7 @@ def _text_keys(section: dict) -> dict:
     if kind not in ("default", "llama3"):
         raise ValueError(f"rope_type {quoted(kind)} is not supported; Llama-3.2-Vision uses 'llama3'")
     section["rope_scaling"] = _build(RopeScaling, rope) if kind == "llama3" else None
+    section.pop("extra_embeddings", None)                       # no file says it: the tensors do
     if isinstance(section.get("eos_token_id"), int):
         section["eos_token_id"] = [section["eos_token_id"]]
     return section
@@ -238,8 +239,7 @@ def _check_layers(name: str, layers: tuple[int, ...], count: int):
         raise ValueError(f"{name} is {quoted(list(layers))}, but must rise, each layer once")
 
 
-def _check_image_token(config: Config):
-    rows = config.text.vocab_size + EXTRA_EMBEDDINGS
-    image_token = config.image_token_index
-    if type(image_token) is not int or not 0 <= image_token < rows:
-        raise ValueError(f"image_token_index is {quoted(image_token)}, but the model embeds {rows} tokens")
+def _check_image_token(image_token: object):
+    """That the embedding has a row for it is checked when its rows are known."""
+    if type(image_token) is not int or not 0 <= image_token <= MOST:
+        raise ValueError(f"image_token_index is {quoted(image_token)}, but must be a token id")

@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from model.config import Config
 from model.llama_vision import LlamaVision
+from weights.added_tokens import with_stored_rows
 from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
 from weights.device import parse_device, parse_dtype
@@ -38,9 +39,9 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     device = parse_device(device)                       # before a download that may take an hour
     dtype = parse_dtype(dtype)
     folder = find_checkpoint(source, revision)
-    config = read_config(folder)
-    model = _without_weights(config, folder)
     found = open_checkpoint(folder)
+    config = with_stored_rows(read_config(folder), found, folder)
+    model = _without_weights(config, folder)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.text.tie_word_embeddings and HEAD not in found
     if tied:

@@ -7,6 +7,8 @@ import re
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"        # in LlamaVision
 NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope_freqs(\.weight)?|rope\.freqs)$")
+WRAPPERS = re.compile(r"(^|\.)((base_model\.model|module|_orig_mod|_fsdp_wrapped_module|"
+                      r"_checkpoint_wrapped_module)\.)+")
 QUANTIZED = (                                   # how names end where weights are quantized
     (re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+)$"), "bitsandbytes 4-bit"),
     (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes int8"),
@@ -18,7 +20,12 @@ QUANTIZED = (                                   # how names end where weights ar
 
 
 def model_name(stored: str) -> str:
-    """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either)."""
+    """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either).
+
+    What PEFT, DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names
+    of the modules that they wrap is left out, wherever it stands.
+    """
+    stored = WRAPPERS.sub(r"\1", stored)
     stored = re.sub(r"^(model\.)+", "", stored)
     stored = re.sub(r"^language_model\.model\.", "language_model.", stored)
     return re.sub(r"^language_model\.lm_head\.", "lm_head.", stored)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from model.config import EXTRA_EMBEDDINGS, Config
+from model.config import Config
 from weights.chat_format import (
     BEGIN,
     EOT,
@@ -214,7 +214,7 @@ def _read_stop_ids(path: Path, config: Config) -> tuple[int, ...]:
         path = path.with_name("config.json")
         value = config.text.eos_token_id
     ids = tuple(value) if isinstance(value, (list, tuple)) else (value,)
-    rows = config.text.vocab_size + EXTRA_EMBEDDINGS
+    rows = config.text.embedding_rows
     if not ids or any(type(i) is not int or not 0 <= i < rows for i in ids):
         raise ValueError(f"{named(path)}: eos_token_id must be a token id below {rows}, or a list of them, "
                          f"not {quoted(value)}")
@@ -240,7 +240,7 @@ def _read_tokenizer(path: Path, config: Config) -> tuple[Tokenizer, Vocabulary]:
     if len(shortest) < 2:
         raise ValueError(f"{name}: the special token {quoted(shortest)} is one character, and every text has "
                          "some of those: special tokens must be longer")
-    rows = config.text.vocab_size + EXTRA_EMBEDDINGS
+    rows = config.text.embedding_rows
     last = max(vocabulary.texts)
     if last >= rows:
         raise ValueError(f"{name}: has ids up to {last}, but the model embeds only {rows} tokens")

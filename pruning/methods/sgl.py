@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from model.config import EXTRA_EMBEDDINGS, Config
+from model.config import Config
 from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY
@@ -226,7 +226,7 @@ def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts
     for rows, columns in (grid for each in given for grid in each.grid.tolist()):
         if (rows, columns) not in vision.supported_aspect_ratios:
             return f"it knows no {rows} x {columns} tiles"
-    known = text.vocab_size + EXTRA_EMBEDDINGS
+    known = text.embedding_rows
     highest = max(map(max, prompts))
     if highest >= known:
         return f"it knows {known} tokens, but token {highest} is in a prompt"

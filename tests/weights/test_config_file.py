@@ -120,7 +120,7 @@ BAD += [
 BAD += [(section, value, section) for section in ("text_config", "vision_config")
         for value in ([1], [], 5, 0, "", False, NESTED)]
 BAD += [(name, value, "image_token_index") for name in ("image_token_index", "image_token_id")
-        for value in ("60", 68, -1, True, 1.0, NAN, LONG, [], NESTED)]
+        for value in ("60", 2 ** 31, -1, True, 1.0, NAN, LONG, [], NESTED)]
 BAD += [("model_type", value, "not 'mllama'") for value in ("llava", None, 5, True, ["mllama"], {}, NESTED)]
 
 
