@@ -63,7 +63,6 @@ class RopeScaling:
 @dataclass(frozen=True)
 class TextConfig:
     vocab_size: int = 128256                    # rows of the head
-    extra_embeddings: int = EXTRA_EMBEDDINGS    # 0 after transformers' resize_token_embeddings
     hidden_size: int = 4096
     intermediate_size: int = 14336
     num_hidden_layers: int = 40                 # self- and cross-attention layers together
@@ -76,6 +75,7 @@ class TextConfig:
     max_position_embeddings: int = 131072
     tie_word_embeddings: bool = False
     eos_token_id: tuple[int, ...] = (128001,)
+    extra_embeddings: int = EXTRA_EMBEDDINGS    # 0 after transformers' resize_token_embeddings
 
     @property
     def embedding_rows(self) -> int:

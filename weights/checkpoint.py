@@ -12,7 +12,7 @@ from weights.config_file import quantized
 from weights.files import exists, read_json
 from weights.hub import WANTED, foreign_format
 from weights.messages import named, quoted
-from weights.names import is_parameter, model_name, quantization_method
+from weights.names import is_parameter, is_unmerged, model_name, quantization_method
 from weights.safetensors_file import INDEX, SINGLE, Shard
 from weights.stored import Stored
 
@@ -28,6 +28,10 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
             method = quantization_method(name)
             if method is not None:
                 raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} shows that {quantized(method)}")
+            if is_unmerged(name):
+                raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} is of a PEFT model that was "
+                                 "saved before its adapter was merged: save it after merge_and_unload(), or save "
+                                 "the adapter alone and give it with --adapter")
             if not is_parameter(name):
                 continue
             other = found.get(model_name(name))

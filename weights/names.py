@@ -9,6 +9,8 @@ EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"        
 NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope_freqs(\.weight)?|rope\.freqs)$")
 WRAPPERS = re.compile(r"(^|\.)((base_model\.model|module|_orig_mod|_fsdp_wrapped_module|"
                       r"_checkpoint_wrapped_module)\.)+")
+UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save|lora_(A|B|embedding_A|embedding_B|"
+                      r"magnitude_vector))(\.|$)")
 QUANTIZED = (                                   # how names end where weights are quantized
     (re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+)$"), "bitsandbytes 4-bit"),
     (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes int8"),
@@ -35,6 +37,11 @@ def official_name(name: str) -> str:
     """The inverse of `model_name`: the name that official checkpoints use."""
     name = re.sub(r"^language_model\.", "language_model.model.", name)
     return re.sub(r"^lm_head\.", "language_model.lm_head.", name)
+
+
+def is_unmerged(stored: str) -> bool:
+    """True for a tensor of a PEFT model that was saved whole, with its adapter beside the weights."""
+    return bool(UNMERGED.search(stored))
 
 
 def is_parameter(stored: str) -> bool:

@@ -21,7 +21,6 @@ from weights.tokenizer import messages
 sys.path.append(str(Path(__file__).parents[1] / "model"))
 from test_transformers import (  # noqa: E402
     CLOSE,
-    Batch,
     build,
     difference,
     random_batch,
@@ -50,7 +49,7 @@ def edit_tensors(folder: Path, change):
 # ---- transformers' own writer
 
 @pytest.mark.parametrize("added, multiple, more, stale", [
-    (3, None, 0, False),                # both as long as the tokenizer; fewer rows than <|image|> and 7 others
+    (3, None, 0, False),                # one length for both, fewer rows than <|image|> and 7 others
     (3, 64, 0, False),
     (9, None, 0, True),                 # config.json of the base model beside the weights
     (11, None, 1, True),
@@ -68,7 +67,7 @@ def test_same_logits_as_transformers(tmp_path, added, multiple, more, stale):
     written = json.loads((tmp_path / "config.json").read_text())["text_config"]["vocab_size"]
     assert written == rows                                          # it writes the new number there
     if more:
-        edit_tensors(tmp_path, lambda t: t.update({EMBEDDING: torch.cat([t[EMBEDDING], t[EMBEDDING][:more]])}))
+        edit_tensors(tmp_path, lambda t: t.update({EMBEDDING: torch.cat([t[EMBEDDING], t[HEAD][:more]])}))
     if stale:
         edit_text_config(tmp_path, vocab_size=before)
     ours = load_model(tmp_path)

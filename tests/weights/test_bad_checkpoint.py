@@ -147,6 +147,10 @@ BAD = {                                                     # name: (how to spoi
     "a name of two lines": (add("extra\nbias", torch.ones(2)), ["unexpected tensors (1): 'extra\\nbias'"]),
     "two spellings": (add("model.language_model.norm.weight", torch.ones(32)),
                       ["twice", NORM, "model.language_model.norm.weight"]),
+    "two spellings, one wrapped": (add("_orig_mod." + NORM, torch.ones(32)), ["twice", "_orig_mod." + NORM]),
+    **{f"unmerged {part}": (add(f"base_model.model.{WEIGHT[:-7]}.{part}.weight", torch.ones(2)),
+                            [part, "PEFT", "merge_and_unload", "--adapter"])
+       for part in ("base_layer", "lora_A.default", "lora_B", "modules_to_save.default", "original_module")},
     "int8": (add(SOME, torch.ones(16, dtype=torch.int8)), [SOME, "I8", "BF16"]),
     "float8": (add(SOME, torch.ones(16).to(torch.float8_e4m3fn)), [SOME, "F8_E4M3", "BF16"]),
     **{f"config {method}": (edit_json("config.json", quantization_config={"quant_method": method, "bits": 4}),

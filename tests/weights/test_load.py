@@ -52,6 +52,26 @@ def official_tensors(name: str) -> dict[str, list[int]]:
     return {name: json.loads(shape) for name, shape in fields}
 
 
+def wrapped_layers(name: str) -> str:
+    """torch.compile and activation checkpointing of single layers, FSDP of their parts."""
+    name = re.sub(r"(layers\.\d+\.)", r"\1_fsdp_wrapped_module._checkpoint_wrapped_module.", runtime(name))
+    return re.sub(r"\b(self_attn|mlp)\.", r"_orig_mod.\1._fsdp_wrapped_module.", name)
+
+
+WRAPPED = {
+    "merged by PEFT": lambda name: "base_model.model." + runtime(name),
+    "PEFT, official": lambda name: "base_model.model." + name,
+    "DataParallel": lambda name: "module." + runtime(name),
+    "compiled": lambda name: "_orig_mod." + name,
+    "FSDP": lambda name: "_fsdp_wrapped_module." + runtime(name),
+    "compiled, parallel, PEFT": lambda name: "_orig_mod.module.base_model.model.model." + name,
+    "parallel, PEFT, compiled": lambda name: "module.base_model.model._orig_mod." + runtime(name),
+    "text model compiled": lambda name: name.replace("language_model.", "language_model._orig_mod."),
+    "layers": wrapped_layers,
+    "layers in FSDP": lambda name: "_fsdp_wrapped_module." + wrapped_layers(name),
+}
+
+
 @pytest.fixture
 def sharded(tmp_path: Path) -> Path:
     return write_sharded(tmp_path)
@@ -78,8 +98,9 @@ def test_shards_load_as_views_of_the_files():
 
 
 @pytest.mark.parametrize("spelling", [lambda name: name, runtime, lambda name: "model." + name,
-                                      lambda name: "model." + runtime(name), lambda name: model_name(name)],
-                         ids=["official", "runtime", "model.official", "model.runtime", "own"])
+                                      lambda name: "model." + runtime(name), lambda name: model_name(name),
+                                      *WRAPPED.values()],
+                         ids=["official", "runtime", "model.official", "model.runtime", "own", *WRAPPED])
 def test_every_spelling_gives_the_same_model(tmp_path, spelling):
     tensors = small_tensors()
     single(tmp_path, {spelling(name): tensor for name, tensor in tensors.items()})
