@@ -28,8 +28,8 @@ def with_stored_rows(config: Config, found: dict[str, Stored], folder: Path) -> 
     if HEAD in sizes:
         vocabulary = sizes[HEAD][0]
     elif config.text.tie_word_embeddings and rows - vocabulary not in (0, 1, EXTRA_EMBEDDINGS):
-        raise ValueError(f"{path}: vocab_size is {vocabulary}, the embedding has {rows} rows, and the head is "
-                         f"tied to it: set vocab_size to how many of its rows are tokens, {rows} or "
+        raise ValueError(f"{path}: vocab_size is {vocabulary}, the embedding has {rows} rows, and the head "
+                         f"is tied to it: set vocab_size to how many of its rows are tokens, {rows} or "
                          f"{rows - EXTRA_EMBEDDINGS}")
     if rows < vocabulary:
         raise ValueError(f"{named(folder)}: {rows} rows of the embedding for {vocabulary} of the head, which "

@@ -30,8 +30,8 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
                 raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} shows that {quantized(method)}")
             if is_unmerged(name):
                 raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} is of a PEFT model that was "
-                                 "saved before its adapter was merged: save it after merge_and_unload(), or save "
-                                 "the adapter alone and give it with --adapter")
+                                 "saved before its adapter was merged: save it after merge_and_unload(), or "
+                                 "save the adapter alone and give it with --adapter")
             if not is_parameter(name):
                 continue
             other = found.get(model_name(name))

@@ -188,7 +188,6 @@ def test_a_damaged_single_file_is_named(tmp_path):
     ({"device": "foo"}, ["foo", "cpu, cuda"]),
     ({"device": "meta"}, ["meta", "cpu, cuda"]),
     ({"device": "cuda:99"}, ["cuda:99"]),
-    ({"device": None}, ["None", "cpu, cuda"]),
     ({"dtype": "int4"}, ["int4", "bfloat16, bf16, float16, fp16, float32, fp32"]),
     ({"dtype": torch.int8}, ["torch.int8", "bf16"]),
     ({"dtype": ["bf16"]}, ["['bf16']", "fp32"]),
