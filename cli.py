@@ -32,6 +32,11 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
     parser.add_argument("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's own")
 
 
+def model_options(args: argparse.Namespace) -> dict[str, object]:
+    """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
+    return {"device": args.device, "dtype": args.dtype, "revision": args.revision}
+
+
 def whole_number(text: str) -> int:
     """The type of an argument."""
     try:

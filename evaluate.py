@@ -29,6 +29,7 @@ from cli import (
     Parser,
     add_model_options,
     check_output,
+    model_options,
     parse_pruners,
     parse_variants,
     real_number,
@@ -254,7 +255,7 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
 def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float, float]]]:
     """What is asked, who answers, and the gates before any of them was closed."""
     exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
-    assistant = Assistant(args.model, args.device, args.dtype, args.revision)
+    assistant = Assistant(args.model, **model_options(args))
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close_gates(assistant.model, args.skip_layer)

@@ -29,6 +29,7 @@ from cli import (
     add_model_options,
     catalogue,
     check_output,
+    model_options,
     parse_pruner,
     piped_prompt,
     real_number,
@@ -224,7 +225,7 @@ def command(args: argparse.Namespace):
         if args.save_map.resolve() in [Path(path).resolve() for path in args.image]:
             raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
-    assistant = Assistant(args.model, args.device, args.dtype, args.revision, args.compile)
+    assistant = Assistant(args.model, compile=args.compile, **model_options(args))
     encoded = assistant.encode_images(images, pruner)
     if args.compile:
         assistant.warm_up(max(1, len(prompts)), encoded)
