@@ -36,6 +36,7 @@ from cli import (
     whole_number,
     writing,
 )
+from judge import add_guard_options, parse_policy, print_verdicts
 from model.answer import Answer, EncodedImages
 from model.cache import Cache
 from model.clock import Clock
@@ -47,9 +48,11 @@ from pruning import Pruner
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.image_file import open_image
 from weights.images import ImageProcessor
 from weights.messages import named, quoted
+from weights.policy import Policy
 from weights.tokenizer import ChatTokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -146,19 +149,31 @@ class Assistant:
 
     def answer(self, conversations: list[list[dict]], encoded: EncodedImages, max_new_tokens: int,
                sampler: Sampler = GREEDY, date: str | None = None, emit: Callable[[int, int], None] = no_one,
-               pruner: Pruner | None = None) -> Answer:
+               pruner: Pruner | None = None, policy: Policy | None = None) -> Answer:
         """Answer the last turn of each conversation; all are about the same images (or none).
 
         A pruner starts from all image tokens each time: what one question does not need, the next may.
+        `policy` is for the chat template of a guard.
         """
         if not conversations:
             raise ValueError("there is no conversation to answer: give at least one")
-        prompts = [self.tokenizer.encode(conversation, date) for conversation in conversations]
+        prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
         answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
                      self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
         answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
         return answer
+
+    def judge(self, conversations: list[list[dict]], encoded: EncodedImages, policy: Policy | None = None,
+              pruner: Pruner | None = None) -> list[Verdict]:
+        """Whether the last turn of each conversation is safe, the user's or the assistant's, by Llama Guard.
+
+        `policy` has categories of one's own, or keys of those to leave out. Raises ValueError where this
+        checkpoint is no guard, and for an answer that is neither safe nor unsafe.
+        """
+        guard = Guard(self.tokenizer, policy)
+        answer = self.answer(conversations, encoded, MOST_TOKENS, pruner=pruner, policy=guard.policy)
+        return guard.read(answer.tokens)
 
     def warm_up(self, batch: int, encoded: EncodedImages):
         """Compile what a batch of answers about these images needs, so that no answer waits for it."""
@@ -195,6 +210,7 @@ def arguments() -> argparse.Namespace:
     rare("--seed", type=whole_number, default=0, metavar="N", help="of sampling; default 0")
     add("--compile", action="store_true", help="compile decoding first: pays for long answers")
     add("--json", action="store_true", help="one JSON object on stdout")
+    add_guard_options(parser)
     parser.section("fewer image tokens")
     add("--prune", metavar="P", help="drop image tokens: a method, FILE.py:CLASS, or 'list'")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all), or so many tokens")
@@ -214,10 +230,11 @@ def command(args: argparse.Namespace):
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     sampler = Sampler(args.temperature, args.top_p, args.seed)
     chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
-    if chatting and args.json:
-        raise ValueError("--json needs a --prompt: a chat is for people")
+    if chatting and (args.json or args.guard):
+        raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
     images = [open_image(path) for path in args.image]
-    prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images))])
+    prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images) and not args.guard)])
+    policy = parse_policy(args, len(prompts))
     if args.save_map is not None:
         if len(prompts) != 1 or not images:
             raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
@@ -226,16 +243,20 @@ def command(args: argparse.Namespace):
             raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, compile=args.compile, **model_options(args))
+    guard = None if policy is None else Guard(assistant.tokenizer, policy)
     encoded = assistant.encode_images(images, pruner)
     if args.compile:
         assistant.warm_up(max(1, len(prompts)), encoded)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
     ask = partial(assistant.answer, encoded=encoded, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                  date=args.date, pruner=pruner)
+                  date=args.date, pruner=pruner, policy=policy)
     if chatting:
         return chat_about(args, assistant.tokenizer, ask, encoded, pruner)
     conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
-    print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
+    if guard is not None:
+        print_verdicts(args, guard, ask, encoded, pruner, conversations)
+    else:
+        print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
         with writing("--save-map", args.save_map) as file:

@@ -112,10 +112,11 @@ class ChatTemplate:
         if date is not None:
             variables["date_string"] = self._guarded(date)
         if policy is not None:
-            variables["excluded_category_keys"] = [self._guarded(key) for key in policy.excluded]
+            # These are compared with keys in the template, so they get no mark of their own.
+            variables["excluded_category_keys"] = [key.translate(self.guard) for key in policy.excluded]
             if policy.categories is not None:
-                variables["categories"] = {self._guarded(key): self._guarded(text)
-                                           for key, text in policy.categories.items()}
+                variables["categories"] = {self._guarded(key): self._guarded(text) for key, text
+                                           in policy.categories.items() if key not in policy.excluded}
         return variables
 
     def _run(self, messages: list[dict], variables: dict[str, object], meter: Meter) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from weights.chat_format import valid_text
-from weights.messages import quoted
+from weights.messages import one_line, quoted
 
 
 @dataclass(frozen=True)
@@ -32,4 +32,4 @@ class Policy:
             valid_text("key of an excluded category", key)
             if self.categories is not None and key not in self.categories:
                 raise ValueError(f"the excluded category {quoted(key)} is none of "
-                                 f"{quoted(', '.join(self.categories))}")
+                                 f"{one_line(', '.join(self.categories))}")

@@ -1,8 +1,8 @@
 """The table of bad input: images, flags, prompts, checkpoints, pruning methods, numbers, outputs and names.
 
 A row is a name, a function that prepares the case on a `Bench` and returns the command line, and what the
-line on stderr must say. The rows of checkpoints are in `bad_checkpoints.py`, the functions in `bad_files.py`.
-Some rows are about `evaluate.py` and `benchmark.py`.
+line on stderr must say. The rows of checkpoints are in `bad_checkpoints.py`, those of a guard in
+`bad_guards.py`, the functions in `bad_files.py`. Some rows are about `evaluate.py` and `benchmark.py`.
 """
 from bad_checkpoints import CONFIGS, PLACES, TEXT_SIDE, WEIGHT_FILES
 from bad_files import (
@@ -23,6 +23,7 @@ from bad_files import (
     with_pipe,
     without_permission,
 )
+from bad_guards import GUARDS
 
 import benchmark
 import evaluate
@@ -254,5 +255,5 @@ NAMES = [
 
 KINDS = {"pruning": PRUNING, "image": IMAGES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES,
          "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE, "number": NUMBERS, "output": OUTPUTS,
-         "name": NAMES}
+         "name": NAMES, "guard": GUARDS}
 ROWS = {f"{kind}: {name}": row for kind, rows in KINDS.items() for name, *row in rows}

@@ -23,10 +23,11 @@ SHARED = LIBRARY | {"program", "terminal", "cli", "answers"}
 ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY,
            "program": {"weights"}, "terminal": {"program"}, "cli": LIBRARY | {"program", "terminal"},
            "answers": LIBRARY | {"program", "cli"},
+           "judge": LIBRARY | {"program", "terminal", "answers"},
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
            "benchmarks": SHARED | {"scenes", "benchmarks"}}
-EVERYTHING = {*ROOMS, *SHARED, *PROGRAMS}
+EVERYTHING = {*ROOMS, *SHARED, "judge", *PROGRAMS}
 
 
 def room_of(path: Path) -> str:
