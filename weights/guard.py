@@ -70,13 +70,14 @@ class Guard:
 
     def read(self, answers: Iterable[list[int]]) -> list[Verdict]:
         """The verdicts in the token ids of answers. Raises ValueError for an answer that is none."""
-        return [self._verdict(self.tokenizer.decode(tokens)) for tokens in answers]
+        texts = [self.tokenizer.decode(tokens) for tokens in answers]
+        return [self._verdict(text, f" {i}" if len(texts) > 1 else "") for i, text in enumerate(texts, 1)]
 
-    def _verdict(self, text: str) -> Verdict:
+    def _verdict(self, text: str, number: str) -> Verdict:
         word, *more = [line.strip() for line in text.strip().splitlines()] or [""]
         if word == "safe" and not more:
             return Verdict(True, {})
         if word != "unsafe" or len(more) > 1:
-            raise ValueError(f"the guard's answer is neither safe nor unsafe: {quoted(text)}")
+            raise ValueError(f"the guard's answer{number} is neither safe nor unsafe: {quoted(text)}")
         keys = [key.strip() for key in ",".join(more).split(",")]
         return Verdict(False, {key: self.categories.get(key) for key in keys if key})

@@ -132,7 +132,9 @@ def test_verdicts_are_read(guard, text, verdict, line):
 @pytest.mark.parametrize("text", ["", "\n", "Safe.", "safe\nS1", "unsafe\nS1\nS2", "a circle", "unsafe S1"])
 def test_an_answer_that_is_no_verdict_is_refused(guard, text):
     tokens = guard.tokenizer.encode(text, add_special_tokens=False).ids
-    assert f"neither safe nor unsafe: {text!r}" in refusal(Guard(guard).read, [tokens])
+    assert f"the guard's answer is neither safe nor unsafe: {text!r}" in refusal(Guard(guard).read, [tokens])
+    safe = guard.tokenizer.encode("safe", add_special_tokens=False).ids
+    assert "the guard's answer 2 is neither" in refusal(Guard(guard).read, [safe, tokens])
 
 
 def test_the_template_asks_for_users_and_assistants_in_turns(guard):
