@@ -6,13 +6,14 @@ Formats that store a parameter otherwise than as one tensor of floating-point nu
 own, whose `read` gives the numbers. Everything after this file sees parameters only.
 """
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
-from weights.config_file import quantized
 from weights.files import exists, read_json
 from weights.hub import WANTED, foreign_format
 from weights.messages import named, quoted
-from weights.names import is_parameter, is_unmerged, model_name, quantization_method
+from weights.names import is_parameter, is_unmerged, model_name
+from weights.prequantized import dequantized
 from weights.safetensors_file import INDEX, SINGLE, Shard
 from weights.stored import Stored
 
@@ -23,24 +24,28 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
     """Every parameter by its name in LlamaVision. Raises ValueError with one line where files are missing,
     damaged, of another format, or name a parameter twice."""
     found = {}
+    for stored in dequantized(_tensors(folder)):
+        if not is_parameter(stored.name):
+            continue
+        name = model_name(stored.name)
+        if name in found:
+            other = found[name]
+            raise ValueError(f"{named(stored.shard.path)}: tensor {quoted(stored.name)} occurs twice, also "
+                             f"as {quoted(other.name)} in {named(other.shard.path.name)}; download the "
+                             "checkpoint again")
+        found[name] = stored
+    return found
+
+
+def _tensors(folder: Path) -> Iterator[Stored]:
+    """Every tensor of the files."""
     for shard in _open_shards(folder):
         for name in shard.entries:
-            method = quantization_method(name)
-            if method is not None:
-                raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} shows that {quantized(method)}")
             if is_unmerged(name):
                 raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} is of a PEFT model that was "
                                  "saved before its adapter was merged: save it after merge_and_unload(), or "
                                  "save the adapter alone and give it with --adapter")
-            if not is_parameter(name):
-                continue
-            other = found.get(model_name(name))
-            if other is not None:
-                raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} occurs twice, also as "
-                                 f"{quoted(other.name)} in {named(other.shard.path.name)}; download the "
-                                 "checkpoint again")
-            found[model_name(name)] = Stored(shard, name)
-    return found
+            yield Stored(shard, name)
 
 
 def _open_shards(folder: Path) -> list[Shard]:

@@ -13,7 +13,8 @@ from typing import TypeVar
 
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from weights.files import read_json
-from weights.messages import named, one_line, quoted
+from weights.messages import named, quoted
+from weights.quantization_config import refuse_unread
 
 MOST = 2 ** 31 - 1                              # no size of a model is larger
 MOST_LAYERS = 500                               # building more layers would take long
@@ -34,13 +35,13 @@ def read_config(folder: str | Path) -> Config:
     """The Config of a checkpoint folder. Raises ValueError with one line where it cannot be used.
 
     That is: config.json is missing or not JSON, describes another kind of model, holds a value that no model
-    has, or says that the weights are quantized.
+    has, or says that the weights are quantized in a format that is not read.
     """
     path = Path(folder) / "config.json"
     data = read_json(path)
     try:
         config = config_from_dict(data)
-        _refuse_quantized(data)
+        refuse_unread([data, _section(data, "text_config")])
     except ValueError as error:
         raise ValueError(f"{named(path)}: {error}") from None
     return config
@@ -59,22 +60,6 @@ def config_from_dict(data: dict) -> Config:
     _check_text(config.text)
     _check_image_token(image_token)
     return config
-
-
-def quantized(method: object) -> str:
-    """What to say about a quantized checkpoint."""
-    return (f"the checkpoint is quantized ({one_line(method, 80)}), which is not supported yet; "
-            "use the bf16 checkpoint")
-
-
-def _refuse_quantized(data: dict):
-    for section in data, _section(data, "text_config"):
-        if section.get("quantization"):                 # MLX: only group size and bits, no method
-            raise ValueError(quantized("MLX"))
-        details = section.get("quantization_config")
-        if details:
-            method = details.get("quant_method") if isinstance(details, dict) else details
-            raise ValueError(quantized(method or "by an unnamed method"))
 
 
 # ---- spellings

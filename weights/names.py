@@ -6,18 +6,24 @@ short names of its own. `model_name` reads every spelling, `official_name` write
 import re
 
 EMBEDDING, HEAD = "language_model.embed_tokens.weight", "lm_head.weight"        # in LlamaVision
-NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope_freqs(\.weight)?|rope\.freqs)$")
+NOT_PARAMETERS = re.compile(r"(^|\.)(rotary_emb\.inv_freq|rope_freqs(\.weight)?|rope\.freqs|[kv]_scale)$")
 WRAPPERS = re.compile(r"(^|\.)((base_model\.model|module|_orig_mod|_fsdp_wrapped_module|"
                       r"_checkpoint_wrapped_module)\.)+")
 UNMERGED = re.compile(r"\.(base_layer|original_module|modules_to_save|lora_(A|B|embedding_A|embedding_B|"
                       r"magnitude_vector))(\.|$)")
-QUANTIZED = (                                   # how names end where weights are quantized
-    (re.compile(r"\.((nested_)?(absmax|quant_map)|quant_state\.\w+)$"), "bitsandbytes 4-bit"),
-    (re.compile(r"\.(SCB|weight_format)$"), "bitsandbytes int8"),
+QUANTIZED = (                                   # how names end in formats that are not read
     (re.compile(r"\.(qweight|qzeros|g_idx)$"), "GPTQ or AWQ"),
-    (re.compile(r"\.weight_packed$"), "compressed-tensors"),
-    (re.compile(r"\.(weight_scale(_\w+)?|input_scale)$"), "fp8 or int8 with weight scales"),
+    (re.compile(r"\.weight_scale_inv$"), "FP8 in blocks"),
+    (re.compile(r"\.weight_scale_\w+$"), "NVIDIA ModelOpt"),
+    (re.compile(r"\.(weight|input)_global_scale$"), "compressed-tensors, nvfp4"),
+    (re.compile(r"\.(compressed|bitmask|row_offsets)$"), "compressed-tensors, sparse"),
     (re.compile(r"\.(scales|biases)$"), "MLX"),
+)
+PARTS = (                                       # what a weight consists of in formats that are read
+    (re.compile(r"(.+\.weight)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.\w+)"), "bitsandbytes 4-bit"),
+    (re.compile(r"(.+)\.(SCB|weight_format)"), "bitsandbytes int8"),
+    (re.compile(r"(.+)\.(weight_(?:packed|scale|shape|zero_point|g_idx)|(?:in|out)put_(?:scale|zero_point))"),
+     "compressed-tensors"),
 )
 
 
@@ -45,10 +51,20 @@ def is_unmerged(stored: str) -> bool:
 
 
 def is_parameter(stored: str) -> bool:
-    """False for the rotary tables that some checkpoints store and no model needs."""
+    """False for what some checkpoints store and no model needs: rotary tables, scales for a cache."""
     return not NOT_PARAMETERS.search(stored)
 
 
 def quantization_method(stored: str) -> str | None:
-    """The method that quantizes with tensors of such a name, or None for an ordinary name."""
+    """The method, not read here, that quantizes with tensors of such a name; None for other names."""
     return next((method for pattern, method in QUANTIZED if pattern.search(stored)), None)
+
+
+def quantized_part(stored: str) -> tuple[str, str, str] | None:
+    """The method, the weight and the part that a tensor is of a quantized weight; None for other names."""
+    for pattern, method in PARTS:
+        match = pattern.fullmatch(stored)
+        if match is not None:
+            owner, part = match.groups()
+            return method, owner if owner.endswith(".weight") else f"{owner}.weight", part
+    return None

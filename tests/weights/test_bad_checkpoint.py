@@ -91,13 +91,15 @@ def add(name: str, tensor: torch.Tensor):
 SOME = "vision_model.transformer.layers.1.input_layernorm.bias"         # lies in the second shard
 WEIGHT = "language_model.model.layers.0.mlp.down_proj.weight"
 BIG = struct.pack("<Q", 1 << 62)
-QUANTIZED = ["bitsandbytes", "compressed-tensors", "gptq", "awq", "auto-round", "quark", "fp8", "fbgemm_fp8"]
+QUANTIZED = {"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "quark": "AMD Quark",
+             "fp8": "FP8 in blocks", "fbgemm_fp8": "FBGEMM FP8", "modelopt": "NVIDIA ModelOpt",
+             "torchao": "torchao", "hqq": "HQQ", "something": "something"}
 BAD = {                                                     # name: (how to spoil it, what the line says)
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
     "config not JSON": (write("config.json", b"{"), ["config.json", "JSON"]),
     "another model": (edit_json("config.json", model_type="llama"), ["'llama'", "not a Llama-3.2-Vision"]),
     "quantized text part": (edit_config("text_config", quantization_config={"bits": 4}),
-                            ["unnamed method", "not supported yet", "bf16"]),
+                            ["unnamed method", "not read here", "bf16"]),
     "MLX config": (edit_json("config.json", quantization={"group_size": 64, "bits": 4}), ["MLX", "bf16"]),
     "absurd sizes": (edit_config("vision_config", image_size=10 ** 9, patch_size=1, max_num_tiles=10 ** 9),
                      ["config.json: no model has these"]),
@@ -154,13 +156,12 @@ BAD = {                                                     # name: (how to spoi
     "int8": (add(SOME, torch.ones(16, dtype=torch.int8)), [SOME, "I8", "BF16"]),
     "float8": (add(SOME, torch.ones(16).to(torch.float8_e4m3fn)), [SOME, "F8_E4M3", "BF16"]),
     **{f"config {method}": (edit_json("config.json", quantization_config={"quant_method": method, "bits": 4}),
-                            [method, "not supported yet", "bf16 checkpoint"]) for method in QUANTIZED},
-    **{f"tensor {ending}": (add(WEIGHT + ending, torch.ones(2)), [ending, kind, "not supported yet", "bf16"])
-       for ending, kind in {".absmax": "bitsandbytes", ".quant_state.bitsandbytes__nf4": "bitsandbytes",
-                            ".SCB": "bitsandbytes"}.items()},
+                            [name, "not read here", "bf16 checkpoint"])
+       for method, name in QUANTIZED.items()},
     **{f"tensor {ending}": (add(WEIGHT.replace(".weight", ending), torch.ones(2)), [ending, kind, "bf16"])
-       for ending, kind in {".weight_scale": "fp8", ".weight_packed": "compressed-tensors",
-                            ".qweight": "GPTQ", ".qzeros": "AWQ", ".scales": "MLX"}.items()},
+       for ending, kind in {".weight_scale_inv": "FP8 in blocks", ".weight_scale_2": "NVIDIA ModelOpt",
+                            ".weight_global_scale": "compressed-tensors, nvfp4", ".qweight": "GPTQ",
+                            ".qzeros": "AWQ", ".scales": "MLX"}.items()},
 }
 
 

@@ -1,0 +1,68 @@
+"""Checkpoints quantized by other programs give the logits that those programs' own weights give.
+
+The files are written by the libraries themselves, the logits computed by transformers from what the libraries
+dequantize: see data/quantized/make.py.
+"""
+import json
+
+import pytest
+import torch
+from prequantized_folder import DATA, folder_of
+from safetensors.torch import load_file, save_file
+
+from model.image_tokens import Tiles
+from model.llama_vision import LlamaVision
+from weights import load_model
+from weights.checkpoint import open_checkpoint
+from weights.quantized_parts import Quantized
+
+NAMES = sorted(path.stem for path in DATA.glob("*.json"))
+HALF = {"nf4_float16": torch.float16}
+
+
+def logits(model: LlamaVision) -> torch.Tensor:
+    prompt = load_file(DATA / "prompt.safetensors")
+    with torch.no_grad():
+        return model(prompt["ids"], [Tiles(prompt["pixels"], torch.tensor([[1, 2]]))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_logits_that_it_must_have(name, tmp_path):
+    folder = folder_of(name, tmp_path)
+    expected = load_file(DATA / f"{name}.logits.safetensors")["logits"]
+    assert expected.std() > 0.5
+    torch.testing.assert_close(logits(load_model(folder, dtype="fp32")), expected, atol=1e-5, rtol=0)
+    assert load_model(folder).dtype == HALF.get(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("numbers", [64, 1000])
+def test_pieces_make_no_difference(name, numbers, tmp_path, monkeypatch):
+    """A weight is dequantized piece by piece; here the pieces are smaller than the small weights."""
+    found = open_checkpoint(folder_of(name, tmp_path))
+    whole = {key: stored.read() for key, stored in found.items()}
+    monkeypatch.setattr(Quantized, "numbers_at_once", numbers)
+    for key, stored in found.items():
+        assert torch.equal(stored.read(), whole[key]), key
+        assert whole[key].dtype == stored.dtype and list(whole[key].shape) == stored.shape
+
+
+def test_parts_of_a_weight_in_two_files(tmp_path):
+    """As shards are cut, the scales of a weight may lie in the next file."""
+    folder = folder_of("nf4", tmp_path)
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+    expected = {key: stored.read().clone() for key, stored in open_checkpoint(folder).items()}
+    files = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+    weight_map = {}
+    for number, file in enumerate(files):
+        part = {key: tensor for i, (key, tensor) in enumerate(tensors.items()) if i % 2 == number}
+        save_file(part, folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    single.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    found = open_checkpoint(folder)
+    assert found.keys() == expected.keys()
+    for key, tensor in expected.items():
+        assert torch.equal(found[key].read(), tensor), key
+
