@@ -24,6 +24,7 @@ from model.sampling import GREEDY
 from pruning import Pruner
 from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
+from weights.wide import is_slow, widen
 
 ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
 NINETY = replace(ELEVEN, text=replace(
@@ -63,6 +64,8 @@ def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed:
     """A LlamaVision with random weights, which are made on the device, without a second copy."""
     with torch.device("meta"):
         model = LlamaVision(config)
+    if is_slow(dtype, device):                  # as in a model that is loaded
+        widen(model)
     generator = torch.Generator(device).manual_seed(seed)
     noise = torch.randn(NOISE, generator=generator, device=device).to(dtype)
     state = {name: torch.empty(like.shape, dtype=dtype, device=device)

@@ -26,6 +26,7 @@ from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.safetensors_file import STORED
 from weights.stored import Stored
+from weights.wide import is_slow, widen
 
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
@@ -48,7 +49,10 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
         del wanted[HEAD]
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
-    state = _read(found, device, own_dtype if dtype is None else dtype, folder)
+    dtype = own_dtype if dtype is None else dtype
+    if is_slow(dtype, device):
+        widen(model)
+    state = _read(found, device, dtype, folder)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
         state[HEAD] = state[EMBEDDING][:config.text.vocab_size]
     model.load_state_dict(state, assign=True)
