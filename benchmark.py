@@ -33,7 +33,16 @@ from benchmarks.plot import plot
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.waterfall import waterfall
 from benchmarks.whole import whole
-from cli import Parser, add_model_options, check_output, parse_pruner, parse_pruners, whole_number, writing
+from cli import (
+    Parser,
+    add_model_options,
+    check_output,
+    parse_pruner,
+    parse_pruners,
+    say_how,
+    whole_number,
+    writing,
+)
 from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
@@ -95,6 +104,7 @@ def command(args: argparse.Namespace):
     pruners = check(args)
     device = parse_device(args.device)
     subject, loading = make_subject(args, device)
+    say_how(subject.model)
     with torch.inference_mode():
         made = measure(args, subject, loading, pruners)
     save(args, made)

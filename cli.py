@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from model.llama_vision import LlamaVision
 from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
@@ -18,6 +19,7 @@ from terminal import Parser
 from weights.files import replacing
 from weights.messages import named, one_line, quoted, reason
 from weights.tokenizer import messages
+from weights.wide import wide_words
 
 # ----- arguments
 
@@ -35,6 +37,13 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
 def model_options(args: argparse.Namespace) -> dict[str, object]:
     """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
     return {"device": args.device, "dtype": args.dtype, "revision": args.revision}
+
+
+def say_how(model: LlamaVision):
+    """On stderr, what a model does otherwise on this machine."""
+    words = wide_words(model)
+    if words is not None:
+        say(words)
 
 
 def whole_number(text: str) -> int:

@@ -33,6 +33,7 @@ from cli import (
     parse_pruners,
     parse_variants,
     real_number,
+    say_how,
     whole_number,
     writing,
 )
@@ -256,6 +257,7 @@ def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float
     """What is asked, who answers, and the gates before any of them was closed."""
     exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
     assistant = Assistant(args.model, **model_options(args))
+    say_how(assistant.model)
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close_gates(assistant.model, args.skip_layer)

@@ -33,6 +33,7 @@ from cli import (
     parse_pruner,
     piped_prompt,
     real_number,
+    say_how,
     whole_number,
     writing,
 )
@@ -243,6 +244,7 @@ def command(args: argparse.Namespace):
             raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, compile=args.compile, **model_options(args))
+    say_how(assistant.model)
     guard = None if policy is None else Guard(assistant.tokenizer, policy)
     encoded = assistant.encode_images(images, pruner)
     if args.compile:
