@@ -49,6 +49,7 @@ from model.llama_vision import check_length
 from program import say
 from pruning import Pruner, load
 from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
+from weights.adapter_file import find_adapters
 from weights.messages import quoted
 
 ROOT = Path(__file__).parent
@@ -199,6 +200,8 @@ def check_together(args: argparse.Namespace):
     """Raise ValueError for options that exclude each other."""
     if args.model is not None and (args.shape or args.layers):
         raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
+    if args.model is None and args.adapter:
+        raise ValueError("--adapter is merged into a model with weights: give --model")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
     others = args.preset or args.waterfall or args.prune or args.against or args.plot
@@ -213,14 +216,15 @@ def check_together(args: argparse.Namespace):
 def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subject, Samples]:
     """The model, and how long loading took if it is a real one."""
     dtype = parse_dtype(args.dtype)
-    folder = None if args.model is None else find_checkpoint(args.model, args.revision)
+    adapters = find_adapters(args.adapter)
+    folder = None if args.model is None else find_checkpoint(args.model, args.revision, adapters)
     complete = SHAPES[args.shape or "tiny"]() if folder is None else read_config(folder)
     for tiles in args.tiles:
         grid_of(complete.vision, tiles)
     check_length(args.prompt_tokens, args.new_tokens + 1, complete.text.max_position_embeddings)
     if folder is not None:
         say(f"loading {folder.name}")
-        open_model = partial(load_model, folder, device, dtype)
+        open_model = partial(load_model, folder, device, dtype, adapters=adapters)
         samples = times_in_turns({(FULL, EAGER): open_model}, args.repeat, device)      # one model at a time
         model = open_model().requires_grad_(False)
         return Subject(model, generate, folder.name, model.config), samples

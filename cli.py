@@ -30,13 +30,16 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
     parser.add_argument("--model", default=default, metavar="M",
                         help=f"'tiny' (bundled{', the default' * bool(default)}), a folder, or a hub id")
     parser.add_rare("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser.add_rare("--adapter", action="append", default=[], metavar="A",
+                    help="merge a LoRA adapter into it, a folder or hub id; several in their order")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: cuda where there is one")
     parser.add_argument("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's own")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, object]:
     """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
-    return {"device": args.device, "dtype": args.dtype, "revision": args.revision}
+    return {"device": args.device, "dtype": args.dtype, "revision": args.revision,
+            "adapters": args.adapter}
 
 
 def say_how(model: LlamaVision):

@@ -51,6 +51,7 @@ from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
 from terminal import Progress
 from weights import find_checkpoint
+from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.files import read_bytes
 from weights.messages import quoted
 from weights.tokenizer import messages
@@ -214,18 +215,23 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     names = [] if args.prune is None else [name for name, _ in parse_variants(args.prune)]
     files = [name.rpartition(":")[0] for name in names if ":" in name]
     revision = {} if args.revision is None else {"revision": args.revision}
+    folders = find_adapters(args.adapter)
+    merged = [[adapter, fingerprint(folder, ADAPTER)]
+              for adapter, folder in zip(args.adapter, folders, strict=True) if folder != NONE]
+    adapters = {"adapters": merged} if merged else {}
     return {"split": SPLITS[args.split], **revision,
-            "model": args.model, "weights": fingerprint(find_checkpoint(args.model, args.revision)),
+            "model": args.model, **adapters,
+            "weights": fingerprint(find_checkpoint(args.model, args.revision, folders)),
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
             "skip_layer": args.skip_layer, "device": args.device, "dtype": args.dtype,
             "files": {name: zlib.crc32(read_bytes(name)) for name in files},
             "rows": [[pruner.name, pruner.keep, pruner.options_set()] for pruner in pruners]}
 
 
-def fingerprint(folder: Path) -> int:
+def fingerprint(folder: Path, config: str = "config.json") -> int:
     """A number that other weights hardly share, and quickly computed: of the configuration and of the first
     file of weights, or only of its size where it is large."""
-    value = zlib.crc32(read_bytes(folder / "config.json"))
+    value = zlib.crc32(read_bytes(folder / config))
     for path in sorted(folder.glob("*.safetensors"))[:1]:
         size = path.stat().st_size
         value = zlib.crc32(read_bytes(path, SMALL) if size < SMALL else str(size).encode(), value)

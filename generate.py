@@ -15,7 +15,7 @@ program.begin(__name__)
 import argparse
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -49,6 +49,7 @@ from pruning import Pruner
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.image_file import open_image
 from weights.images import ImageProcessor
@@ -119,13 +120,14 @@ class Assistant:
     """A checkpoint ready to answer: the model, its prompt format and its image processing."""
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
-                 revision: str | None = None, compile: bool = False):
+                 revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = ()):
         began = time.perf_counter()
         device = parse_device(device)           # both before a download that may take an hour
         dtype = parse_dtype(dtype)
-        folder = find_checkpoint(source, revision)
-        self.model = load_model(folder, device, dtype)
-        self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config)
+        adapters = find_adapters(adapters)      # small downloads before a large one
+        folder = find_checkpoint(source, revision, adapters)
+        self.model = load_model(folder, device, dtype, adapters=adapters)
+        self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
         if compile:                             # imported here: a compiler takes seconds to import

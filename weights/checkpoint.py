@@ -11,7 +11,7 @@ from pathlib import Path
 
 from weights.files import exists, read_json
 from weights.hub import WANTED, foreign_format
-from weights.messages import named, quoted
+from weights.messages import named, quoted, some
 from weights.names import is_parameter, is_unmerged, model_name
 from weights.prequantized import dequantized
 from weights.safetensors_file import INDEX, SINGLE, Shard
@@ -82,8 +82,3 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError(f"{named(path)}: it names {quoted(file)}, which is not a safetensors file in "
                              "the same folder; download it again")
     return weight_map
-
-
-def some(names: list[str]) -> str:
-    """A few names for a message."""
-    return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")

@@ -12,6 +12,7 @@ import fnmatch
 import os
 import re
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, get_token, snapshot_download
@@ -25,12 +26,14 @@ from huggingface_hub.errors import (
 )
 
 from weights.config_file import read_config
-from weights.files import exists, unreadable
+from weights.files import exists, read_json, unreadable
 from weights.messages import named, one_line, quoted, reason
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
 LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
 FILES = ["*.safetensors", "*.json", "*.jinja"]
+CHECKPOINT = "pass the folder that holds config.json and model.safetensors"
+ADAPTER = "adapter_config.json"
 ABSENT = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)      # how the system says that there is nothing
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{,95}/[\w.-]{1,96}", re.ASCII)
 WANTED = "needed is a safetensors checkpoint in the official layout, as meta-llama has it on the hub"
@@ -38,31 +41,34 @@ FOREIGN = (                                             # what a folder may hold
     ("*.gguf", "GGUF files"),
     ("original/*.pth", "Meta's original .pth files in original/"),
     ("*.pth", "Meta's original .pth files"),
-    ("adapter_config.json", "a LoRA adapter, to be merged into its base model first"),
+    ("adapter_config.json", "an adapter alone, which --adapter merges into the base that --model names"),
     ("pytorch_model*.bin*", "PyTorch pickle files (pytorch_model.bin)"),
 )
 
 
-def find_checkpoint(source: str | Path, revision: str | None = None) -> Path:
+def find_checkpoint(source: str | Path, revision: str | None = None, adapters: Sequence = ()) -> Path:
     """The folder of a checkpoint: 'tiny' or 'guide' (bundled), a folder, a hub id 'owner/name' (downloaded).
 
-    `revision` is a branch, tag or commit of the hub repository. Raises ValueError with one line where there
-    is no such thing, the hub does not give it out, or it is not a checkpoint that can be read.
+    `revision` is a branch, tag or commit of the hub repository; `adapters` are those that were asked for.
+    Raises ValueError with one line where there is no such thing, the hub does not give it out, it is not a
+    checkpoint that can be read, or an adapter lies beside the weights and nothing was said about it.
     """
     text = str(source)
-    folder = BUNDLED.get(text) or _local(text)
+    folder = BUNDLED.get(text) or local_folder(text, CHECKPOINT)
     if folder is not None:
         if revision is not None:
             raise ValueError(f"{named(text)}: revision {quoted(revision)} goes with a hub id, but this is a "
                              "local folder")
         _refuse_unusable(folder, text)
+        _refuse_silent_adapter(folder, text, adapters)
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(text):
         raise ValueError(f"{quoted(text)} is neither 'tiny', nor a folder here, nor a hub id like owner/name")
-    folder = _download(text, revision, ["config.json"])
+    folder = download(text, revision, ["config.json", ADAPTER])
     _refuse_unusable(folder, text)
+    _refuse_silent_adapter(folder, text, adapters)
     read_config(folder)                                 # refuse a wrong model now, not after 20 GB of it
-    return _download(text, revision, FILES)
+    return download(text, revision, FILES)
 
 
 def foreign_format(folder: Path) -> str | None:
@@ -71,8 +77,11 @@ def foreign_format(folder: Path) -> str | None:
     return next((words for pattern, words in FOREIGN if fnmatch.filter(files, pattern)), None)
 
 
-def _local(text: str) -> Path | None:
-    """The folder that `text` names on this machine, or None where nothing has this name."""
+def local_folder(text: str, advice: str) -> Path | None:
+    """The folder that `text` names on this machine, or None where nothing has this name.
+
+    Raises ValueError with one line that ends in `advice` where it is a file.
+    """
     try:
         name = os.path.expanduser(text)
         os.lstat(name)                                  # a link that leads nowhere is there
@@ -86,8 +95,7 @@ def _local(text: str) -> Path | None:
     folder = Path(name)
     if not stat.S_ISDIR(mode):
         kind = {".gguf": " in the GGUF format", ".pth": " in Meta's original format"}.get(folder.suffix, "")
-        wanted = WANTED if kind else "pass the folder that holds config.json and model.safetensors"
-        raise ValueError(f"{named(text)} is a file{kind}, not a folder: {wanted}")
+        raise ValueError(f"{named(text)} is a file{kind}, not a folder: {WANTED if kind else advice}")
     return folder
 
 
@@ -110,13 +118,32 @@ def _refuse_unusable(folder: Path, source: str):
     if exists(folder / "config.json"):
         return
     foreign = foreign_format(folder)
+    if exists(folder / ADAPTER):
+        raise ValueError(f"{named(source)}: it holds an adapter alone, without its base: give --model "
+                         f"{_base_of(folder)} --adapter {named(source)}")
     if foreign is not None:
         raise ValueError(f"{named(source)}: it holds {foreign}; {WANTED}")
     raise ValueError(f"{named(source)}: no config.json there; a checkpoint is a folder of config.json and "
                      "safetensors")
 
 
-def _download(repo: str, revision: str | None, patterns: list[str]) -> Path:
+def _base_of(folder: Path) -> str:
+    """What an adapter says that its base is, where it says so in words that can be typed."""
+    try:
+        base = read_json(folder / ADAPTER)["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        return "BASE"
+    return base if isinstance(base, str) and HUB_ID.fullmatch(base) else "BASE"
+
+
+def _refuse_silent_adapter(folder: Path, source: str, adapters: Sequence):
+    """Nobody knows whether weights have merged the adapter that lies beside them: the user must say so."""
+    if not adapters and exists(folder / ADAPTER):
+        raise ValueError(f"{named(source)}: an adapter lies beside the weights ({ADAPTER}): merge it with "
+                         f"--adapter {named(source)}, or say --adapter none if they have merged it already")
+
+
+def download(repo: str, revision: str | None, patterns: list[str]) -> Path:
     """The files of a hub repository that `patterns` names, from the cache or the network; no sub-folders."""
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns,

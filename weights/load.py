@@ -9,6 +9,7 @@ dtype the tensors are converted one by one, so that the extra memory is one tens
 overwritten in place while a model on the CPU uses it; replacing or deleting it is harmless.
 """
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from torch.overrides import TorchFunctionMode
 
 from model.config import Config
 from model.llama_vision import LlamaVision
+from weights.adapter_file import NONE, find_adapters, open_adapter
+from weights.adapters import with_adapters
 from weights.added_tokens import with_stored_rows
 from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
@@ -30,18 +33,25 @@ from weights.wide import is_slow, widen
 
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
-               dtype: str | torch.dtype | None = None, revision: str | None = None) -> LlamaVision:
+               dtype: str | torch.dtype | None = None, revision: str | None = None,
+               adapters: Sequence[str | Path] = ()) -> LlamaVision:
     """The model of a checkpoint ('tiny', a folder or a hub id) in eval mode, ready to run or to fine-tune.
 
-    dtype None is the checkpoint's own; where it mixes several, the one that most weights have. Parameters
-    require gradients as in any nn.Module. Raises ValueError with one line for whatever is wrong with the
-    arguments or the files, and where memory does not suffice.
+    dtype None is the checkpoint's own; where it mixes several, the one that most weights have. LoRA adapters
+    (folders or hub ids) are merged in their order; 'none' is for weights that have merged one already.
+    Parameters require gradients as in any nn.Module. Raises ValueError with one line for whatever is wrong
+    with the arguments or the files, and where memory does not suffice.
     """
     device = parse_device(device)                       # before a download that may take an hour
     dtype = parse_dtype(dtype)
-    folder = find_checkpoint(source, revision)
+    adapters = find_adapters(adapters)
+    folder = find_checkpoint(source, revision, adapters)
     found = open_checkpoint(folder)
     config = with_stored_rows(read_config(folder), found, folder)
+    opened = [open_adapter(adapter) for adapter in adapters if adapter != NONE]
+    if opened:
+        found = with_adapters(found, opened, config, dtype)
+        config = with_stored_rows(config, found, folder)        # an adapter may bring an embedding of its own
     model = _without_weights(config, folder)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.text.tie_word_embeddings and HEAD not in found

@@ -28,3 +28,8 @@ def named(path: object, most: int = 200) -> str:
 def reason(error: OSError) -> str:
     """Why a system call failed, in the system's words and without the file's name."""
     return one_line(error.strerror or error)
+
+
+def some(names: list[str]) -> str:
+    """A few names for a message."""
+    return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")

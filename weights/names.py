@@ -27,14 +27,15 @@ PARTS = (                                       # what a weight consists of in f
 )
 
 
-def model_name(stored: str) -> str:
-    """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either).
+def unwrapped(stored: str) -> str:
+    """A name without what PEFT, DistributedDataParallel, torch.compile, FSDP and activation checkpointing put
+    into the names of the modules that they wrap."""
+    return WRAPPERS.sub(r"\1", stored)
 
-    What PEFT, DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names
-    of the modules that they wrap is left out, wherever it stands.
-    """
-    stored = WRAPPERS.sub(r"\1", stored)
-    stored = re.sub(r"^(model\.)+", "", stored)
+
+def model_name(stored: str) -> str:
+    """A parameter's name in LlamaVision, from its official name or transformers' (`model.` before either)."""
+    stored = re.sub(r"^(model\.)+", "", unwrapped(stored))
     stored = re.sub(r"^language_model\.model\.", "language_model.", stored)
     return re.sub(r"^language_model\.lm_head\.", "lm_head.", stored)
 

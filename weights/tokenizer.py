@@ -27,7 +27,7 @@ from weights.chat_format import (
     valid_text,
 )
 from weights.chat_template import ChatTemplate, find_template, read_settings, without_marks
-from weights.files import read_bytes
+from weights.files import exists, read_bytes
 from weights.messages import named, quoted
 from weights.policy import Policy
 from weights.vocabulary import Vocabulary, library_call, load_tokenizer
@@ -75,19 +75,23 @@ class ChatTokenizer:
         self.stop_ids = stop_ids
 
     @classmethod
-    def from_folder(cls, folder: str | Path, config: Config) -> "ChatTokenizer":
+    def from_folder(cls, folder: str | Path, config: Config, before: Path | None = None) -> "ChatTokenizer":
         """Read the text side of a checkpoint in the hub's layout. Raises ValueError with one line.
+
+        A file that the folder `before` has, that of an adapter with tokens of its own, is taken from there.
 
         Without a chat template, a checkpoint is an instruct model if its tokenizer has the header tokens and
         `<|eot_id|>` is among the tokens that end its text; it gets Meta's chat format, with no system text or
         date added. Base models have the same tokenizer but end at `<|end_of_text|>` only; they get bare text.
         """
-        folder = Path(folder)
-        tokenizer, vocabulary = _read_tokenizer(folder / "tokenizer.json", config)
-        settings_path = folder / "tokenizer_config.json"
+        folders = [Path(folder)] if before is None else [before, Path(folder)]
+        tokenizer, vocabulary = _read_tokenizer(_first_of(folders, "tokenizer.json"), config)
+        settings_path = _first_of(folders, "tokenizer_config.json")
         settings = read_settings(settings_path)
-        stop_ids = _read_stop_ids(folder / "generation_config.json", config)
-        source, path = find_template(folder, settings)
+        stop_ids = _read_stop_ids(_first_of(folders, "generation_config.json"), config)
+        source, path = find_template(folders[0], settings)
+        if source is None and before is not None:
+            source, path = find_template(folders[1], read_settings(folders[1] / "tokenizer_config.json"))
         eot = vocabulary.special.get(EOT)
         is_chat = source is not None or eot in stop_ids and vocabulary.special.keys() >= set(HEADERS)
         if is_chat and eot is not None and eot not in stop_ids:
@@ -195,6 +199,11 @@ _BYTES = {chr(b): bytes([b]) for b in _PRINTABLE} | {chr(256 + i): bytes([b]) fo
 
 
 # ---- the files
+
+def _first_of(folders: list[Path], name: str) -> Path:
+    """The file in the first folder that has it, or where it would be in the last one."""
+    return next((folder / name for folder in folders if exists(folder / name)), folders[-1] / name)
+
 
 def _eos_token(settings: dict, path: Path) -> str | None:
     """The end-of-text token that tokenizer_config.json names, for templates that write it."""

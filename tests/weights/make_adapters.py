@@ -31,7 +31,8 @@ from test_transformers import Batch, run_transformers
 NAME = "meta-llama/Llama-3.2-11B-Vision-Instruct"           # said to be the base of each
 CASES = {
     "lora": LoraConfig(r=4, lora_alpha=10, target_modules=["q_proj", "v_proj", "o_proj", "down_proj", "fc1"],
-                       rank_pattern={"o_proj": 2}, alpha_pattern={"mlp.down_proj": 3, r"layers\.1\..*\.q_proj": 14}),
+                       rank_pattern={"o_proj": 2},
+                       alpha_pattern={"mlp.down_proj": 3, r"layers\.1\..*\.q_proj": 14}),
     "rslora": LoraConfig(r=4, lora_alpha=4, use_rslora=True, bias="all", fan_in_fan_out=True,
                          target_modules=["gate_proj", "fc2"], modules_to_save=["multi_modal_projector"]),
     "lora_bias": LoraConfig(r=2, lora_alpha=4, bias="lora_only", lora_bias=True, target_modules=["fc2"]),
@@ -85,7 +86,7 @@ def main():
             randomise_trained(model, seed)
             model.save_pretrained(ADAPTERS / case)
             reference[case] = logits(model.merge_and_unload())
-        for case in "lora+dora", "dora+lora", "lora+rslora+embedding":
+        for case in "lora+dora", "dora+lora", "lora+lora_bias+embedding":
             first, *others = case.split("+")
             model = PeftModel.from_pretrained(load(base, None), ADAPTERS / first, "0")
             for i, other in enumerate(others, start=1):
