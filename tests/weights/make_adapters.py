@@ -1,17 +1,17 @@
 """Writes data/adapters: adapters as peft writes them, and the logits that peft's own merging gives.
 
-    python -m venv adapters && adapters/bin/pip install -e '.[test]' 'peft==0.21.2' \
-        && adapters/bin/python tests/weights/make_adapters.py
+    pip install peft==0.21.2
+    PYTHONPATH=.:tests:tests/model:tests/weights python tests/weights/make_adapters.py
 
 peft 0.21.2 with transformers 5.23.0 and torch 2.13.0 made those that are there. The weights that training
 would change are random. transformers is corrected from outside, as in tests/model/test_transformers.py.
 """
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
+from adapter_base import ADAPTERS, GRIDS, LENGTHS, ids, images, write_base
 from peft import (
     IA3Config,
     LoHaConfig,
@@ -21,12 +21,8 @@ from peft import (
     get_peft_model,
 )
 from safetensors.torch import save_file
-from transformers import MllamaForConditionalGeneration
-
-for room in "..", "../..", "../model", ".":
-    sys.path.insert(0, str((Path(__file__).parent / room).resolve()))
-from adapter_base import ADAPTERS, GRIDS, LENGTHS, ids, images, write_base
 from test_transformers import Batch, run_transformers
+from transformers import MllamaForConditionalGeneration
 
 NAME = "meta-llama/Llama-3.2-11B-Vision-Instruct"           # said to be the base of each
 CASES = {

@@ -63,7 +63,8 @@ NOT_THERE = {                                               # name: (files, sour
     "gguf folder": (["x-Q4_K_M.gguf"], ".", ["GGUF", "safetensors checkpoint"]),
     "pth folder": (["consolidated.00.pth", "params.json"], ".", ["Meta's original .pth", "safetensors"]),
     "folder over original": (["original/consolidated.00.pth"], ".", ["in original/", "safetensors"]),
-    "adapter": (["adapter_config.json", "adapter_model.safetensors"], ".", ["LoRA", "merged"]),
+    "adapter": (["adapter_config.json", "adapter_model.safetensors"], ".",
+                ["adapter alone", "--model BASE --adapter ."]),
     "pickles": (["pytorch_model-00001-of-00002.bin"], ".", ["pytorch_model.bin", "safetensors checkpoint"]),
 }
 
@@ -142,7 +143,7 @@ def test_a_wrong_model_is_refused_before_its_weights_are_downloaded(tmp_path, mo
     monkeypatch.setattr("weights.hub.snapshot_download", download)
     with pytest.raises(ValueError, match="not a Llama-3.2-Vision checkpoint"):
         find_checkpoint(REPO)
-    assert asked == [["config.json"]]
+    assert asked == [["config.json", "adapter_config.json"]]
 
 
 def test_only_the_files_of_the_checkpoint_are_downloaded(tmp_path, monkeypatch):
