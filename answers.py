@@ -7,8 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 
-import torch
-
 from cli import chat
 from model.answer import Answer, EncodedImages
 from program import say, write
@@ -71,7 +69,7 @@ def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages
             "tokens_per_second": round(answer.tokens_per_second, 2),
             "image_kv_bytes": answer.image_kv_bytes, "image_kv_stored_bytes": answer.image_kv_stored,
             "text_kv_bytes": answer.text_kv_bytes,
-            "peak_memory_bytes": peak_memory()}
+            "peak_memory_bytes": answer.peak_memory, "mapped_memory_bytes": answer.mapped_memory}
 
 
 def write_json(data: dict):
@@ -100,8 +98,16 @@ def say_cost(answer: Answer, encoded: EncodedImages, pruner: str | None):
         if answer.image_kv_stored > answer.image_kv_bytes:
             more = f" of {size(answer.image_kv_stored)} stored"
         say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
-    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s, "
-        f"peak memory {size(peak_memory())}")
+    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s"
+        f"{memory_words(answer)}")
+
+
+def memory_words(answer: Answer) -> str:
+    """What the system tells: a GPU and some systems give one figure, and some none."""
+    if not answer.peak_memory:
+        return ""
+    mapped = "" if answer.mapped_memory is None else f" and {size(answer.mapped_memory)} of mapped files"
+    return f", peak memory {size(answer.peak_memory)}{mapped}"
 
 
 def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> str:
@@ -123,16 +129,6 @@ def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> st
 
 def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
-
-
-def peak_memory() -> int:
-    """The highest memory use so far, in bytes: of a GPU in use, else of the process; 0: unknown."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated()
-    if sys.platform == "win32":
-        return 0
-    import resource
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def size(count: float) -> str:

@@ -54,6 +54,7 @@ from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.image_file import open_image
 from weights.images import ImageProcessor
 from weights.messages import named, quoted
+from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.tokenizer import ChatTokenizer, messages
 
@@ -126,7 +127,9 @@ class Assistant:
         dtype = parse_dtype(dtype)
         adapters = find_adapters(adapters)      # small downloads before a large one
         folder = find_checkpoint(source, revision, adapters)
-        self.model = load_model(folder, device, dtype, adapters=adapters)
+        self.peak = PeakMemory()
+        with self.peak:
+            self.model = load_model(folder, device, dtype, adapters=adapters)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
@@ -146,7 +149,7 @@ class Assistant:
         real = self.model.image_tokens([self.processor.grid(image) for image in images])
         slots = len(images) * config.max_num_tiles * config.tokens_per_tile
         clock = Clock(self.model.device)
-        with torch.inference_mode():
+        with torch.inference_mode(), self.peak:
             tokens = self.model.encode([tiles], keep_states or pruner.keep_states)
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
@@ -162,8 +165,10 @@ class Assistant:
             raise ValueError("there is no conversation to answer: give at least one")
         prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
-        answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
-                     self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
+        with self.peak:
+            answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
+                         self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
+        answer.peak_memory, answer.mapped_memory = self.peak.figures(self.model.device)
         answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
         return answer
 

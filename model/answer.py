@@ -30,6 +30,8 @@ class Answer:
     image_kv_bytes: int = 0                     # that decoding reads
     image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step
     text_kv_bytes: int = 0
+    peak_memory: int = 0                        # bytes so far, of a GPU or of the process itself; 0: unknown
+    mapped_memory: int | None = None            # and, of a process, the mapped pages of files; None: unknown
 
     def first(self, sequences: int) -> "Answer":
         """Of a batch that holds every prompt twice: the answers of the first half."""

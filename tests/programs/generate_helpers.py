@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 TINY = ROOT / "weights" / "tiny"
 STOP = 638                                          # <|eot_id|> of the bundled checkpoint
 JSON_KEYS = {"answer", "token_ids", "image_tokens", "ms", "tokens_per_second", "image_kv_bytes",
-             "text_kv_bytes", "peak_memory_bytes", "model", "pruner", "kept_by_layer", "answered_early",
-             "image_kv_stored_bytes"}
+             "text_kv_bytes", "peak_memory_bytes", "mapped_memory_bytes", "model", "pruner", "kept_by_layer",
+             "answered_early", "image_kv_stored_bytes"}
 
 
 def drawn(width: int, height: int) -> Image.Image:

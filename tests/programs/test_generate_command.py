@@ -33,7 +33,7 @@ def test_the_answer_alone_is_on_stdout(run, wide):
     assert model.startswith("tiny: ") and "toy" in model and "--model meta-llama/" in model
     assert image == "image tokens 200 slots -> 100 real"
     assert re.fullmatch(r"image KV [\d.]+ k?B, encode [\d.]+ ms, prefill [\d.]+ ms, [\d.]+ tok/s, "
-                        r"peak memory [\d.]+ [MG]B", speed)
+                        r"peak memory [\d.]+ [MG]B( and [\d.]+ [MG]B of mapped files)?", speed)
 
 
 def test_without_an_image_there_is_no_line_about_it(run, asked):
