@@ -46,8 +46,8 @@ from cli import (
 from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
-from program import say
 from pruning import Pruner, load
+from terminal import Progress
 from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
 from weights.messages import quoted
@@ -126,7 +126,6 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     """What `--json` writes."""
     ways = [EAGER, STATIC] if args.compile else [EAGER]
     peers = {} if args.against is None else {how: Peer(subject.model, static=how == STATIC) for how in ways}
-    say("ceilings of this machine")
     bench = Bench(args, subject, peers, pruners, ceilings(subject.device))
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
     made = {"machine": machine(subject.device), "versions": versions(peers), "command": spoken(sys.argv[1:]),
@@ -134,16 +133,13 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
             "methods": [], "whole": [], "masks": [], "compiled": []}
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
     if args.methods is not None:
-        say("methods")
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["methods"] = methods(subject, pruners, *one, random=args.model is None)
     elif args.whole is not None:
         made["about"] = bench.about(1, args.tiles[0])
         made["whole"] = whole(subject, pruners, args.tiles, *one[2:], random=args.model is None)
-        say("masks")
         made["masks"] = masks(subject, args.tiles, args.prompt_tokens, args.repeat)
     elif args.waterfall:
-        say("waterfall")
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["waterfall"] = waterfall(subject, peers.get(EAGER), pruners[-1], *one)
     else:
@@ -223,14 +219,13 @@ def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subjec
         grid_of(complete.vision, tiles)
     check_length(args.prompt_tokens, args.new_tokens + 1, complete.text.max_position_embeddings)
     if folder is not None:
-        say(f"loading {folder.name}")
         open_model = partial(load_model, folder, device, dtype, adapters=adapters)
-        samples = times_in_turns({(FULL, EAGER): open_model}, args.repeat, device)      # one model at a time
+        samples = times_in_turns({(FULL, EAGER): open_model}, args.repeat, device, f"loading {folder.name}")
         model = open_model().requires_grad_(False)
         return Subject(model, generate, folder.name, model.config), samples
     config = complete if args.layers is None else cut(complete, args.layers)
-    say(f"random weights of {args.shape or 'tiny'}")
-    model = random_model(config, device, dtype or torch.bfloat16)
+    with Progress(f"random weights of {args.shape or 'tiny'}", in_file=True):
+        model = random_model(config, device, dtype or torch.bfloat16)
     return Subject(model, generate, args.shape or "tiny", complete), {}
 
 

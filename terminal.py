@@ -16,6 +16,7 @@ LEAST_WIDTH = 30            # a narrower terminal breaks the lines itself
 WIDEST_NAME = 22            # columns of an option's name; the help of a longer one begins below it
 PATIENCE = 1.0              # seconds of work before its progress is shown
 INTERVAL = 0.2              # seconds between two looks at how far it is
+INTERVAL_IN_FILE = 60.0     # the same where every look adds a line
 THE_LINE = Lock()           # a terminal has one line for progress: whoever holds this may write there
 
 # ----- help
@@ -157,12 +158,14 @@ class Progress:
     a microsecond and a long step is not a silent one. It is gone when all is done (the next report of less
     shows it again), and when the context ends, in whatever way: an answer may be written then. `clear` before
     a message in between. Without a terminal, or within the context of another Progress, nothing is shown.
-    `number` writes what is counted, bytes for example.
+    With `in_file`, a file gets a line after the first second, and one a minute. `number` writes what is
+    counted, bytes for example.
     """
 
-    def __init__(self, what: str, number: Callable[[int], str] = str):
+    def __init__(self, what: str, number: Callable[[int], str] = str, in_file: bool = False):
         self.what = what
         self.number = number
+        self.in_file = in_file
         self.first: tuple[int, float] | None = None             # what was done, and when
         self.last: tuple[int, int, float] | None = None         # what is done, of how many, and when
         self.shown = ""
@@ -172,7 +175,9 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self.began = time.monotonic()
-        if is_terminal(sys.stderr) and THE_LINE.acquire(blocking=False):
+        self.rewritten = is_terminal(sys.stderr)
+        shown = THE_LINE.acquire(blocking=False) if self.rewritten else self.in_file
+        if shown and sys.stderr is not None:
             self.stream = sys.stderr
             Thread(target=self._watch, daemon=True).start()
         return self
@@ -192,22 +197,28 @@ class Progress:
         if self.stream is not None:
             self.ended.set()
             self.clear()
-            THE_LINE.release()
             self.stream = None
+            if self.rewritten:
+                THE_LINE.release()
 
     def clear(self):
         """Remove the line; it comes back if the work goes on."""
         with self.drawing:
             if self.shown:
-                self._write("")
+                self._rewrite("")
 
     def _watch(self):
         wait = PATIENCE
         while not self.ended.wait(wait):
             with self.drawing:
-                if not self.ended.is_set() and (self.last is None or self.last[0] < self.last[1]):
-                    self._write(self._text(time.monotonic()))
-            wait = INTERVAL
+                if self.ended.is_set() or self.last is not None and self.last[0] >= self.last[1]:
+                    continue
+                text = self._text(time.monotonic())
+                if self.rewritten:
+                    self._rewrite(text)
+                else:
+                    self._write(f"{self.what}{text}\n")
+            wait = INTERVAL if self.rewritten else INTERVAL_IN_FILE
 
     def _text(self, now: float) -> str:
         if self.last is None:
@@ -220,19 +231,21 @@ class Progress:
         left = (reported - began) / (done - first) * (total - done) - (now - reported)
         return text + f"{duration(max(0, left))} left"
 
-    def _write(self, text: str):
+    def _rewrite(self, text: str):
         """Over the text before it. The cursor is left at the start, where the terminal writes ^C."""
         room = columns_of(self.stream) - 1
         if text:                                # on a narrow terminal the numbers matter more than the words
             text = (self.what[:max(0, room - len(text))] + text)[:room]
-        if text == self.shown:
-            return
+        if text != self.shown:
+            self._write(f"\r{text:{min(room, len(self.shown))}}\r")
+        self.shown = text
+
+    def _write(self, text: str):
         try:
-            self.stream.write(f"\r{text:{min(room, len(self.shown))}}\r")
+            self.stream.write(text)
             self.stream.flush()
         except (OSError, ValueError):           # the terminal is gone or closed: nobody is there to be told
             self.ended.set()
-        self.shown = text
 
 
 def is_terminal(stream: TextIO | None) -> bool:

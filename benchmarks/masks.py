@@ -34,6 +34,6 @@ def row(subject: Subject, dtype: torch.dtype, T: int, N: int, repeat: int) -> di
     bias = noise(1, 1, 1, N).to(dtype)
     kinds = {"none": None, "mask": bias < 2, "bias": bias}
     jobs = {kind: partial(attend, q, k, v, mask) for kind, mask in kinds.items()}
-    times = times_in_turns(jobs, repeat, device)
+    times = times_in_turns(jobs, repeat, device, f"masks: {T} query positions, {N} image tokens")
     return {"dtype": str(dtype).removeprefix("torch."), "positions": T, "tokens": N,
             **{f"{kind}_ms": statistics.median(ms) for kind, ms in times.items()}}

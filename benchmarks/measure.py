@@ -3,7 +3,8 @@
 Jobs that are compared run in turns, one after the other and again, so that other work on the machine slows
 all of them alike. The device's queue is empty before and after each. Ceilings are the best of a few runs:
 no program moves bytes faster than a large copy (bytes read and bytes written both count), or multiplies
-faster than one large bf16 product. Peak memory is the most that a job adds to the memory in use before it.
+faster than one large product: in bf16, or in fp32 where that is faster, on CPUs without bf16 instructions.
+Peak memory is the most that a job adds to the memory in use before it.
 """
 import ctypes
 import gc
@@ -22,10 +23,14 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from model.clock import drain
+from terminal import Progress
+from weights.wide import is_slow
 
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far larger than any cache
 PRODUCT_SIDE = {"cpu": 2048, "cuda": 8192}             # of the square matrices
+PROBE = 8                                              # those of a first run are so many times smaller
 CEILING_RUNS = 7
+CEILING_MS = 2000                                      # for all runs of one ceiling
 
 Result = TypeVar("Result")
 Job = Callable[[], Result]
@@ -45,34 +50,69 @@ def timed(job: Job, device: torch.device) -> float:
     return with_time(job, device)[0]
 
 
-def in_turns(jobs: Mapping[Hashable, Job], repeat: int, warm_up: int = 1) -> dict[Hashable, list[Result]]:
-    """What each job returns in each of `repeat` rounds. The `warm_up` rounds before them are not recorded."""
+def in_turns(jobs: Mapping[Hashable, Job], repeat: int, warm_up: int = 1,
+             what: str = "rounds") -> dict[Hashable, list[Result]]:
+    """What each job returns in each of `repeat` rounds. The `warm_up` rounds before them are not recorded.
+
+    `what` tells people what takes so long.
+    """
     results: dict[Hashable, list[Result]] = {name: [] for name in jobs}
-    for turn in range(-warm_up, repeat):
-        for name, job in jobs.items():
-            result = job()
-            if turn >= 0:
-                results[name].append(result)
+    done = 0
+    with Progress(what, in_file=True) as report:
+        for turn in range(-warm_up, repeat):
+            for name, job in jobs.items():
+                report(done, (warm_up + repeat) * len(jobs))
+                result = job()
+                done += 1
+                if turn >= 0:
+                    results[name].append(result)
     return results
 
 
-def times_in_turns(jobs: Mapping[Hashable, Job], repeat: int,
-                   device: torch.device) -> dict[Hashable, list[float]]:
+def times_in_turns(jobs: Mapping[Hashable, Job], repeat: int, device: torch.device,
+                   what: str = "rounds") -> dict[Hashable, list[float]]:
     """Milliseconds of each job in each of `repeat` rounds, after one round that is not recorded."""
-    return in_turns({name: partial(timed, job, device) for name, job in jobs.items()}, repeat)
+    timed_jobs = {name: partial(timed, job, device) for name, job in jobs.items()}
+    return in_turns(timed_jobs, repeat, what=what)
 
 
-def ceilings(device: torch.device) -> dict[str, float]:
-    """`copy_bytes_per_s`, read and written, and `matmul_flops` per second of a bf16 product."""
+def ceilings(device: torch.device) -> dict[str, float | str]:
+    """`copy_bytes_per_s`, read and written, and `matmul_flops` per second of a product in `matmul_dtype`."""
     kind = "cuda" if device.type == "cuda" else "cpu"
-    source = torch.ones(COPY_BYTES[kind] // 4, dtype=torch.float32, device=device)
-    target = torch.zeros_like(source)
-    copy = min(times_in_turns({"": partial(target.copy_, source)}, CEILING_RUNS, device)[""])
-    side = PRODUCT_SIDE[kind]
-    a, b = (torch.randn(side, side, device=device).to(torch.bfloat16) for _ in range(2))
-    product = min(times_in_turns({"": partial(torch.mm, a, b)}, CEILING_RUNS, device)[""])
-    return {"copy_bytes_per_s": 2 * source.nbytes / copy * 1000,
-            "matmul_flops": 2 * side ** 3 / product * 1000}
+
+    def copy(count: int) -> Job:
+        source = torch.ones(count // 4, dtype=torch.float32, device=device)
+        return partial(torch.zeros_like(source).copy_, source)
+
+    def product(dtype: torch.dtype, side: int) -> Job:
+        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+        return partial(torch.mm, a, b)
+
+    dtype = torch.float32 if is_slow(torch.bfloat16, device) else torch.bfloat16
+    with Progress("ceilings of this machine", in_file=True):
+        count, copy_ms = fastest(copy, COPY_BYTES[kind], 1, device)
+        side, product_ms = fastest(partial(product, dtype), PRODUCT_SIDE[kind], 3, device)
+    return {"copy_bytes_per_s": 2 * count / copy_ms * 1000,
+            "matmul_flops": 2 * side ** 3 / product_ms * 1000,
+            "matmul_dtype": "bf16" if dtype == torch.bfloat16 else "fp32"}
+
+
+def fastest(make: Callable[[int], Job], largest: int, power: int, device: torch.device) -> tuple[int, float]:
+    """The size of a job, and the least milliseconds of a few runs of it.
+
+    The size is `largest` where that takes CEILING_MS at most, else a smaller one. The work of a job is its
+    size to the `power`: each size is reckoned from the one before it, which is half as large.
+    """
+    size = max(1, largest // PROBE)
+    while True:
+        job = make(size)
+        ms = [timed(job, device), timed(job, device)]           # the first one has to get its memory
+        if size >= largest or ms[1] * 2 ** power * (CEILING_RUNS + 1) > CEILING_MS:
+            break
+        size = min(2 * size, largest)
+    while len(ms) <= CEILING_RUNS and sum(ms) < CEILING_MS:
+        ms.append(timed(job, device))
+    return size, min(ms)
 
 
 def peak_added(job: Job, device: torch.device) -> int | None:

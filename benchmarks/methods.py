@@ -24,9 +24,9 @@ from benchmarks.timed import Timed
 from cli import labelled
 from model.config import Config
 from model.image_tokens import ImageTokens
-from program import say
 from pruning import Pruner
 from pruning.methods.quecc import Compressor
+from terminal import Progress
 from weights import save_model, write_tensors
 
 STRIDE = 2              # patches on the side of a region that becomes one token: about a quarter are left
@@ -49,12 +49,13 @@ def methods(subject: Subject, pruners: list[Pruner], batch: int, tiles: int, pro
         ids = subject.prompt(batch, prompt_tokens)
         rounds: dict[str, list[dict[str, float]]] = {str(pruner): [] for pruner in pruners}
         order = Random(0)
-        for turn in range(-1, repeat):
-            for pruner in order.sample(pruners, len(pruners)):
-                say(f"round {turn + 2} of {repeat + 1}: {pruner}")
-                measured = one_round(subject, pruner, ids, images[str(pruner)], new_tokens)
-                if turn >= 0:
-                    rounds[str(pruner)].append(measured)
+        with Progress("methods", in_file=True) as report:
+            for turn in range(repeat + 1):
+                for number, pruner in enumerate(order.sample(pruners, len(pruners))):
+                    report(turn * len(pruners) + number, (repeat + 1) * len(pruners))
+                    measured = one_round(subject, pruner, ids, images[str(pruner)], new_tokens)
+                    if turn:                    # the first round warms up
+                        rounds[str(pruner)].append(measured)
     return [{"method": label, "keep": pruner.keep, **medians(rounds[str(pruner)])}
             for label, pruner in zip(labels, pruners, strict=True)]
 

@@ -23,8 +23,8 @@ from benchmarks.timed import Timed
 from benchmarks.waterfall import warm_up_rounds
 from model.answer import Answer
 from model.image_tokens import ImageTokens, Tiles
-from program import say
 from pruning import Pruner
+from terminal import Progress
 
 Key = tuple[str, str]                           # who (a method, or transformers), and how it decodes
 Samples = Mapping[Key, list[float]]             # milliseconds of each round
@@ -39,6 +39,10 @@ class Encoded:
     images: dict[str, ImageTokens]              # by method
     peer: PeerImage | None
     samples: Samples                            # of encoding
+
+    def where(self, batch: int) -> str:
+        """Of which measurement people read the progress."""
+        return f"tiles {self.count}, batch {batch}"
 
 
 class Bench:
@@ -58,7 +62,6 @@ class Bench:
 
     def run(self, tiles: int, made: dict, save: Callable[[dict], None]):
         """All parts, for an image of so many tiles; `save` what is known after every batch."""
-        say(f"tiles {tiles}: encode")
         encoded = self.encode_images(tiles)
         if self.args.preset is None:
             made["rows"] += self.encoding(encoded)
@@ -66,11 +69,8 @@ class Bench:
             made["equal"].append(self.difference(encoded))
         for batch in self.args.batch:
             before = graphs_made()
-            for part in self.answers, self.memory:
-                say(f"tiles {tiles}, batch {batch}: {part.__name__}")
-                made["rows"] += part(batch, encoded)
+            made["rows"] += self.answers(batch, encoded) + self.memory(batch, encoded)
             if self.args.compile:
-                say(f"tiles {tiles}, batch {batch}: compiled beside plain")
                 made["compiled"] += self.compiled(batch, encoded, graphs_made() - before)
             save(made)
 
@@ -90,7 +90,7 @@ class Bench:
         if self.peers:
             jobs[PEER, EAGER] = partial(self.peers[EAGER].encode, full)
         repeat = self.args.repeat if self.args.preset is None else 1
-        samples = times_in_turns(jobs, repeat, self.subject.device)
+        samples = times_in_turns(jobs, repeat, self.subject.device, f"tiles {tiles}: encode")
         images = {name: jobs[name, EAGER]() for name in own}
         return Encoded(tiles, views, {name: images.get(name, images[FULL]) for name in views},
                        jobs[PEER, EAGER]() if self.peers else None, samples)
@@ -102,7 +102,7 @@ class Bench:
         flops = {name: model.flops(1, view.grid.tolist())["encode"] for name, view in encoded.tiles.items()}
         rows = self.rows("encode", 1, encoded.count, encoded.samples, flops=flops)
         samples = times_in_turns({(FULL, EAGER): self.subject.project(image)}, self.args.repeat,
-                                 self.subject.device)
+                                 self.subject.device, f"tiles {encoded.count}: project")
         flops = {FULL: self.subject.project_flops(image.features.shape[1])}
         return rows + self.rows("project", 1, encoded.count, samples, flops=flops)
 
@@ -110,11 +110,12 @@ class Bench:
         """Whether compiled decoding gives what plain decoding gives; `graphs` were made for all methods."""
         ids = self.subject.prompt(batch, self.args.prompt_tokens)
         rows = []
-        for name, pruner in self.pruners.items():
-            same = compiled_beside_plain(self.subject, ids, encoded.images[name], self.args.new_tokens,
-                                         pruner, self.decoders[name][COMPILED])
-            rows.append({"batch": batch, "tiles": encoded.count, "graphs": graphs,
-                         "pruner": None if name == FULL else name, **same})
+        with Progress(f"{encoded.where(batch)}: compiled beside plain", in_file=True):
+            for name, pruner in self.pruners.items():
+                same = compiled_beside_plain(self.subject, ids, encoded.images[name], self.args.new_tokens,
+                                             pruner, self.decoders[name][COMPILED])
+                rows.append({"batch": batch, "tiles": encoded.count, "graphs": graphs,
+                             "pruner": None if name == FULL else name, **same})
         return rows
 
     def answers(self, batch: int, encoded: Encoded) -> list[dict]:
@@ -123,10 +124,11 @@ class Bench:
         subject = self.subject
         ids = subject.prompt(batch, args.prompt_tokens)
         jobs = self.answer_jobs(ids, encoded)
-        first = {key: job().ms["decode"] / 1000 for key, job in jobs.items()}           # compiles
+        with Progress(f"{encoded.where(batch)}: first answers", in_file=True):          # compiles
+            first = {key: job().ms["decode"] / 1000 for key, job in jobs.items()}
         linears, weights = subject.linears_alone(batch, args.new_tokens)
         rounds = in_turns({**jobs, "linears": partial(timed, linears, subject.device)}, args.repeat,
-                          warm_up_rounds(args.new_tokens) - 1)
+                          warm_up_rounds(args.new_tokens) - 1, f"{encoded.where(batch)}: answers")
         alone = statistics.median(rounds.pop("linears")) / args.new_tokens
         rows = self.prefill(batch, encoded, rounds)
         if len(self.pruners) > 1:
@@ -178,7 +180,7 @@ class Bench:
         for name in self.pruners:
             if name != FULL:
                 jobs[name, EAGER] = partial(self.own_prefill_ms, name, encoded, ids)
-        samples = in_turns(jobs, self.args.repeat)
+        samples = in_turns(jobs, self.args.repeat, what=f"{encoded.where(batch)}: own work")
         whole = subject.complete_prefill(*(statistics.median(samples.pop(part))
                                            for part in ("image", "text", "head")))
         rows = self.rows("prune", batch, encoded.count, samples)
@@ -231,8 +233,9 @@ class Bench:
         jobs = {(name, EAGER): partial(ours, name) for name in self.pruners}
         if self.peers:
             jobs[PEER, EAGER] = theirs
-        for key, job in jobs.items():
-            peaks[key] = peak_added(job, subject.device)
+        with Progress(f"{encoded.where(batch)}: memory", in_file=True):
+            for key, job in jobs.items():
+                peaks[key] = peak_added(job, subject.device)
         return (self.rows("peak_memory", batch, encoded.count, {}, stored=peaks)
                 + self.rows("image_kv", batch, encoded.count, {}, stored=stored))
 
@@ -243,7 +246,7 @@ class Bench:
         peer = self.peers[EAGER]
         token = self.subject.prompt(1, 1, image=False)[0]                               # [1]
         ours = two_logits(self.subject.model, ids, encoded.images[FULL], token)
-        with peer.corrected():
+        with Progress(f"tiles {encoded.count}: equal logits", in_file=True), peer.corrected():
             theirs = two_logits(peer, ids, peer.encode(encoded.tiles[FULL]), token)
         return {"tiles": encoded.count, "max_difference": (ours - theirs).abs().max().item(),
                 "std": ours.std().item()}

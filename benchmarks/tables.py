@@ -126,8 +126,9 @@ def masks(made: dict) -> Table:
 def notes(made: dict) -> list[str]:
     """Lines of prose: ceilings, equality, and what several rows share."""
     most = made["ceilings"]
+    dtype = most.get("matmul_dtype", "bf16")    # files of before do not say it
     lines = [f"ceilings, measured in the same run: copy {most['copy_bytes_per_s'] / 1e9:.1f} GB/s (read "
-             f"and written), bf16 product {most['matmul_flops'] / 1e9:.0f} GFLOP/s"]
+             f"and written), {dtype} product {most['matmul_flops'] / 1e9:.0f} GFLOP/s"]
     for equal in made["equal"]:
         lines.append(f"tiles {equal['tiles']}: logits differ from transformers' by at most "
                      f"{equal['max_difference']:.1e} (their standard deviation {equal['std']:.2g}), its two "

@@ -77,7 +77,7 @@ def waterfall(subject: Subject, peer: Peer | None, pruner: Pruner, batch: int, t
               new_tokens: int, repeat: int) -> list[dict]:
     """The bars `{step, ms, gain}`: milliseconds of a decode step, and those of the bar before over these."""
     jobs = answers(subject, peer, pruner, batch, tiles, prompt_tokens, new_tokens)
-    samples = in_turns(jobs, repeat, warm_up_rounds(new_tokens))
+    samples = in_turns(jobs, repeat, warm_up_rounds(new_tokens), "waterfall")
     times = {name: statistics.median(answer.ms["decode"] for answer in samples[name]) / new_tokens
              for name in samples}
     bars = []

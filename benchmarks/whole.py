@@ -27,8 +27,8 @@ from benchmarks.subject import Subject, depths
 from benchmarks.timed import Timed
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.vision import Layout
-from program import say
 from pruning import Pruner
+from terminal import Progress
 
 COARSE = 6                              # numbers in a row of a smooth field
 NOISE = 0.3                             # its standard deviation; that of the field is 1
@@ -78,7 +78,6 @@ def whole(subject: Subject, pruners: list[Pruner], tiles: list[int], prompt_toke
         if random:
             pruners = [for_random_weights(pruner, subject.config, Path(folder)) for pruner in pruners]
         for count in tiles:
-            say(f"tiles {count}: encode")
             encode = complete_encode(subject, count, repeat)
             view = subject.tiles(count, Pruner())
             image = subject.model.encode([view], any(pruner.keep_states for pruner in pruners))
@@ -101,7 +100,8 @@ def complete_encode(subject: Subject, tiles: int, repeat: int) -> float:
     jobs = {"encode": partial(model.encode, [subject.tiles(tiles, Pruner())]),
             "layer": partial(encoder.transformer.layers[0], x, layout),
             "projector": partial(model.multi_modal_projector, states)}
-    results = in_turns({name: partial(timed, job, subject.device) for name, job in jobs.items()}, repeat)
+    results = in_turns({name: partial(timed, job, subject.device) for name, job in jobs.items()}, repeat,
+                       what=f"tiles {tiles}: encode")
     missing = (complete.num_hidden_layers + complete.num_global_layers
                - c.num_hidden_layers - c.num_global_layers)
     wider = complete.output_dim / c.output_dim - 1
@@ -122,17 +122,17 @@ class Parts:
     def rows(self, pruners: list[Pruner], repeat: int, where: str) -> list[dict]:
         """What `whole` says of each pruner."""
         first = []
-        for pruner in pruners:
-            say(f"{where}: {pruner}")
-            first.append(Peak(replace(pruner), self.subject.device))
-            self.answer(first[-1], 1)
+        with Progress(f"{where}: peak memory", in_file=True) as report:
+            for number, pruner in enumerate(pruners):
+                report(number, len(pruners))
+                first.append(Peak(replace(pruner), self.subject.device))
+                self.answer(first[-1], 1)
         jobs: dict = {("keys_values", n): self.keys_values(n)
                       for n in sorted({n for clock in first for n in clock.projected})}
         jobs["text"] = lambda: self.subject.answer(self.text, None, self.new_tokens).ms
         jobs["head"] = self.head()
         jobs |= {number: partial(self.measured, pruner) for number, pruner in enumerate(pruners)}
-        say(f"{where}: {repeat} rounds")
-        results = in_turns(jobs, repeat, warm_up=0)
+        results = in_turns(jobs, repeat, warm_up=0, what=where)
         return [self.row(pruner, first[number], results, number) for number, pruner in enumerate(pruners)]
 
     def answer(self, clock: Watched, new_tokens: int) -> dict[str, float]:

@@ -33,6 +33,31 @@ def test_rounds_before_the_recorded_ones():
         "a": [6, 8], "b": [-7, -9]}
 
 
+@pytest.mark.parametrize(("ms_of_one", "size", "most"), [
+    (0.0, 64, 9), (2000 / 64 ** 3 / 20, 64, 9), (2000 / 64 ** 3, 32, 9), (100.0, 8, 9), (1e6, 8, 2)])
+def test_a_ceiling_is_measured_in_bounds_on_any_machine(monkeypatch, ms_of_one, size, most):
+    """A product of side n takes n^3 times `ms_of_one`; the largest side is 64, and a probe has an eighth."""
+    taken = []
+    monkeypatch.setattr(measure, "timed", lambda job, device: taken.append(job ** 3 * ms_of_one) or taken[-1])
+    assert measure.fastest(lambda size: size, 64, 3, CPU) == (size, size ** 3 * ms_of_one)
+    runs = [ms for ms in taken if ms == size ** 3 * ms_of_one]
+    assert 2 <= len(runs) <= (most if ms_of_one else len(taken))
+    assert sum(runs) <= measure.CEILING_MS or len(runs) == 2
+    assert sum(taken) - sum(runs) < measure.CEILING_MS / 2
+
+
+def test_ceilings_are_of_a_product_that_the_machine_is_made_for(monkeypatch):
+    multiplied = []
+    inner = torch.mm
+    monkeypatch.setattr(torch, "mm", lambda a, b: multiplied.append(a.dtype) or inner(a, b))
+    for slow, dtype, name in (False, torch.bfloat16, "bf16"), (True, torch.float32, "fp32"):
+        multiplied.clear()
+        monkeypatch.setattr(measure, "is_slow", lambda dtype, device, slow=slow: slow)
+        most = measure.ceilings(CPU)
+        assert set(multiplied) == {dtype} and most.pop("matmul_dtype") == name
+        assert set(most) == {"copy_bytes_per_s", "matmul_flops"} and min(most.values()) > 0
+
+
 @pytest.mark.parametrize(("tokens", "rounds"), [(32, 1), (3, 1), (2, 2), (1, 3)])
 def test_a_cuda_graph_is_warm_after_three_steps(tokens, rounds):
     assert waterfall.warm_up_rounds(tokens) == rounds

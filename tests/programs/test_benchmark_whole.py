@@ -42,7 +42,7 @@ def test_the_encoder_is_put_together_from_a_slice(monkeypatch):
     sliced = Subject(random_model(cut(CONFIG, 4), CPU, torch.float32), generate, "tiny", CONFIG)
     asked = {}
 
-    def in_turns(jobs, repeat):
+    def in_turns(jobs, repeat, what):
         asked.update({name: job() for name, job in jobs.items()})
         return {"encode": [9, 10, 11], "layer": [2, 2, 8], "projector": [5, 4, 3]}
 

@@ -155,6 +155,18 @@ def test_within_another_one_it_is_silent(screen):
     assert "encoding" not in screen.getvalue()
 
 
+def test_a_file_gets_a_line_now_and_then_if_it_is_wanted(screen, monkeypatch):
+    monkeypatch.setattr(screen, "isatty", lambda: False)
+    monkeypatch.setattr(terminal, "INTERVAL_IN_FILE", 0.05)
+    with Progress("encoding", in_file=True) as report:
+        report(3, 8)
+        while screen.getvalue().count("\n") < 3:
+            time.sleep(0.001)
+        report(8, 8)
+    assert set(screen.getvalue().splitlines()) == {"encoding 3 of 8, 0:00"}
+    assert 3 <= screen.getvalue().count("\n") < 6 and "\r" not in screen.getvalue()
+
+
 @pytest.mark.parametrize("kind", ["file", "dumb", "closed"])
 def test_nothing_is_written_where_no_line_can_be_rewritten(screen, monkeypatch, kind):
     if kind == "file":
