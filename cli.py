@@ -1,24 +1,25 @@
-"""What the programs share on the command line: arguments, files to write, --prune, the chat.
+"""What the programs share on the command line: arguments, files to write, --prune, sampling, prompts.
 
 How a program starts and ends, and how an error becomes one line, is in program.py; the parser and the pages
-of help are in terminal.py; how answers are printed is in answers.py.
+of help are in terminal.py; how answers are printed is in answers.py, and the chat in chat.py.
 """
 import argparse
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
 from model.llama_vision import LlamaVision
-from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
+from model.sampling import Sampler
+from program import say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
 from terminal import Parser
 from weights.files import replacing
-from weights.messages import named, one_line, quoted, reason
-from weights.tokenizer import messages
+from weights.generation_config import read_sampling
+from weights.messages import named, quoted, reason
 from weights.wide import wide_words
 
 # ----- arguments
@@ -227,7 +228,28 @@ def catalogue() -> str:
     return "\n".join(lines) + "\n"
 
 
-# ----- prompts
+# ----- sampling and prompts
+
+
+def add_sampling(parser: Parser):
+    """The arguments of `parse_sampler`; None where one is not given."""
+    rare = parser.add_rare
+    parser.add_argument("--temperature", type=real_number, metavar="X", help="default 0: the likeliest token")
+    parser.add_argument("--sample", action="store_true", help="sample as the checkpoint suggests; default: greedy")
+    rare("--top-p", type=real_number, metavar="X", help="sample among the likeliest of this mass; default 0.9")
+    rare("--top-k", type=whole_number, metavar="N", help="sample among the N likeliest; default 0: among all")
+    rare("--repetition-penalty", type=real_number, metavar="X", help="above 1: repeat less; default 1")
+    rare("--seed", type=whole_number, default=0, metavar="N", help="of sampling; default 0")
+
+
+def parse_sampler(args: argparse.Namespace, checkpoint: Path | None = None) -> Sampler:
+    """What the arguments say of sampling; with --sample and a checkpoint's folder, what they leave out is as
+    its generation_config.json has it. Raises ValueError with one line."""
+    given = {"temperature": args.temperature, "top_p": args.top_p, "top_k": args.top_k,
+             "repetition_penalty": args.repetition_penalty}
+    given = {name: value for name, value in given.items() if value is not None}
+    suggested = read_sampling(checkpoint) if args.sample and checkpoint is not None else {}
+    return Sampler(**{**suggested, **given}, seed=args.seed)
 
 
 def piped_prompt(has_image: bool) -> str:
@@ -241,40 +263,3 @@ def piped_prompt(has_image: bool) -> str:
     if not text and not has_image:
         raise ValueError("nothing to answer: give --prompt TEXT, and --image PATH to ask about an image")
     return text or "Describe the picture."
-
-
-def chat(answer: Callable[[list[dict]], str], system: str | None, images: int):
-    """Questions and answers until the input ends. `answer` answers a conversation, on stdout too.
-
-    The images belong to the first question; later ones see them too.
-    """
-    say("Ask; an empty line or Ctrl-D ends.")
-    history = [] if system is None else [{"role": "system", "content": system}]
-    while question := ask_person():
-        asked = messages(question, images, history=history)
-        try:
-            text = answer(asked)
-        except ValueError as error:             # too long, say: the chat goes on without this question
-            if is_in_a_pruner_of_the_user(error):
-                raise
-            say(f"error: {one_line(error, MOST_LETTERS)}")
-            continue
-        history = [*asked, {"role": "assistant", "content": text}]
-        images = 0
-
-
-def ask_person() -> str:
-    """The next question; "" at an empty line or the end of the input."""
-    while True:
-        say("> ", end="")
-        try:
-            line = sys.stdin.readline()         # input() would need a second Enter after a NUL
-        except UnicodeDecodeError:
-            say(f"error: this is not valid {sys.stdin.encoding.upper()} text; type it again")
-            continue
-        except KeyboardInterrupt:
-            say("")                             # or the shell's prompt would stand on this line
-            raise
-        if not line:
-            say("")
-        return line.strip()

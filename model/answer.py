@@ -17,6 +17,13 @@ class EncodedImages:
         """The tokens, for every sequence of a batch."""
         return None if self.tokens is None else self.tokens.expand(batch)
 
+    def join(self, later: "EncodedImages") -> "EncodedImages":
+        """These images and after them the `later` ones, as if all had been encoded at once."""
+        if self.tokens is None or later.tokens is None:
+            return later if self.tokens is None else self
+        return EncodedImages(Tiles.cat([self.tiles, later.tiles]), self.tokens.join(later.tokens),
+                             self.ms + later.ms, self.slots + later.slots, self.real + later.real)
+
 
 @dataclass
 class Answer:
@@ -26,6 +33,7 @@ class Answer:
     kept: list[list[float]]                     # image tokens kept, of each, per cross-attention layer
     ms: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})   # of each part
     decoded: int = 0                            # tokens that decoding made, stop tokens among them
+    texts: list[str] = field(default_factory=list)          # of the answers; only `Assistant` writes them
     early: list[int] = field(default_factory=list)          # sequences that a smaller model answered
     image_kv_bytes: int = 0                     # that decoding reads
     image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step

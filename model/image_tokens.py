@@ -52,6 +52,12 @@ class EncoderStates:
         return EncoderStates([self.tiles[b] for b in sequences], self.features[sequences],
                              self.entering[sequences], self.attended[sequences])
 
+    def join(self, later: "EncoderStates") -> "EncoderStates":
+        return EncoderStates([Tiles.cat([a, b]) for a, b in zip(self.tiles, later.tiles, strict=True)],
+                             torch.cat((self.features, later.features), 1),
+                             torch.cat((self.entering, later.entering), 1),
+                             torch.cat((self.attended, later.attended), 1))
+
     def expand(self, batch: int) -> "EncoderStates":
         return EncoderStates(self.tiles * batch, self.features.expand(batch, -1, -1),
                              self.entering.expand(batch, -1, -1), self.attended.expand(batch, -1, -1))
@@ -84,6 +90,17 @@ class ImageTokens:
                            None if self.mask is None else self.mask.expand(batch, -1),
                            None if self.states is None else self.states.expand(batch),
                            None if self.bias is None else self.bias.expand(batch, -1))
+
+    def join(self, later: "ImageTokens") -> "ImageTokens":
+        """These images and after them the `later` ones, of sequences that all have both, without padding, as
+        the encoder leaves them. The result is that of encoding all of them at once."""
+        first = self.coords[..., :1].amax(1, keepdim=True) + 1                          # [B, 1, 1]
+        moved = torch.cat((later.coords[..., :1] + first, later.coords[..., 1:]), -1)
+        states = None
+        if self.states is not None and later.states is not None:
+            states = self.states.join(later.states)
+        return ImageTokens(torch.cat((self.features, later.features), 1), torch.cat((self.coords, moved), 1),
+                           states=states)
 
     def take(self, kept: Tensor) -> "ImageTokens":
         """The tokens where `kept` [B, N] is True, in their order; the object itself if that is all of them.

@@ -52,13 +52,14 @@ TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,     
 BAND = 2 ** 15                  # pixels that are converted at once; torch starts no threads for so few
 
 
-def open_image(source: str | os.PathLike | bytes | bytearray | Image.Image) -> Image.Image:
+def open_image(source: str | os.PathLike | bytes | bytearray | Image.Image,
+               name: str | None = None) -> Image.Image:
     """Read a path, the bytes of a file or a PIL image as RGB: upright, first frame, transparency over white.
 
-    Wide greyscale is scaled to 8 bits, see `_grey_range`. A PIL image is decoded if it was only opened, and
+    `name` is what messages call it; None: its path, or what it is. Wide greyscale is scaled to 8 bits, see `_grey_range`. A PIL image is decoded if it was only opened, and
     otherwise left as it is. Raises ValueError with one line that names the image and says what to do.
     """
-    name = _name(source)
+    name = _name(source) if name is None else name
     image = source if isinstance(source, Image.Image) else _open(name, source)
     decode(image, name)
     with _one_line_errors(name):

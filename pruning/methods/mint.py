@@ -55,9 +55,14 @@ class MINT(Pruner):
                 self.differ = self.key_set_is_smaller(image)
             if image is None or not self.differ.any():          # then one reading is enough
                 return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
+            ended = [None] * B                                  # what `emit` said last
+
+            def emit_once(b: int, token: int) -> bool | None:
+                if b < B:
+                    ended[b] = emit(b, token)
+                return ended[b % B]
             answer = generate(model, prompts * 2, image.select([*range(B)] * 2), max_new_tokens, stop_ids,
-                              lambda logits: sample(logits[:B]).repeat(2),
-                              lambda b, token: emit(b, token) if b < B else None, pruner, decode)
+                              lambda logits: sample(logits[:B]).repeat(2), emit_once, pruner, decode)
             return answer.first(B)
         return both
 

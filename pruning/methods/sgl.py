@@ -91,8 +91,7 @@ class Cascade:
         guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
         early = [b for b, sure in enumerate(sgl.confidence) if sure is not None and sure > sgl.threshold]
         for b in early:
-            for token in sgl.guide_answers[b]:
-                emit(b, token)
+            any(emit(b, token) is True for token in sgl.guide_answers[b])       # up to where `emit` ends it
         rest = [b for b in range(len(prompts)) if b not in early]
         layers = len(model.language_model.cross_layers)
         answer = replace(guided, tokens=[list(said) for said in sgl.guide_answers], early=early, decoded=0,
@@ -101,8 +100,14 @@ class Cascade:
         if not rest:
             return answer
         sgl.scores = sgl.scores[rest]
+
+        def sample_rest(logits: Tensor) -> Tensor:      # a sampler knows each sequence by its place in the batch
+            whole = logits.new_zeros(len(prompts), logits.shape[-1])
+            whole[rest] = logits
+            return sample(whole)[rest]
+
         large = generate(model, [prompts[b] for b in rest], image.select(rest), max_new_tokens, stop_ids,
-                         sample, lambda i, token: emit(rest[i], token), pruner, decode)
+                         sample_rest, lambda i, token: emit(rest[i], token), pruner, decode)
         for i, b in enumerate(rest):
             answer.tokens[b] = large.tokens[i]
             answer.kept[b] = large.kept[i] or answer.kept[b]        # text alone has no counts

@@ -1,0 +1,128 @@
+"""Stop texts: an answer ends before one of them appears, also where it is spread over several tokens.
+
+    new token ─► Ending.push ─► tokens that belong to the answer for certain ─► emit
+
+Tokens do not end where texts do, so what may be the beginning of a stop text is held back until it is certain.
+"""
+import codecs
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from weights.messages import quoted
+from weights.tokenizer import ChatTokenizer
+
+MOST_LETTERS = 1_000                # of a stop text
+
+
+class StopTexts:
+    """The answers of a batch as they grow. `push` is an `emit` for `generate`, and `texts` are the answers.
+
+    `emit` gets each token when it belongs to the answer for certain. The token in which an answer ends before
+    a stop text that begins within the token is never emitted, because its text is too long: only `texts` has
+    the end of this answer. Raises ValueError for a stop text that is none.
+    """
+
+    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str], sequences: int,
+                 emit: Callable[[int, int], bool | None]):
+        self.tokenizer = tokenizer
+        self.stops = check_stops(stops)
+        self.emit = emit
+        self.endings = [Ending(tokenizer, self.stops) for _ in range(sequences)]
+
+    def push(self, sequence: int, token: int) -> bool:
+        """One more token of a sequence. True if the answer ends here: a stop text has appeared, or `emit`
+        says so."""
+        if not self.stops:
+            return self.emit(sequence, token) is True
+        ending = self.endings[sequence]
+        for certain in ending.push(token):
+            if self.emit(sequence, certain) is True:
+                ending.held.clear()
+                return True
+        return ending.ended
+
+    def finish(self, tokens: list[list[int]]) -> tuple[list[list[int]], list[str]]:
+        """When all have ended: the tokens of each answer, without those that only a stop text needed, and its
+        text."""
+        if not self.stops:
+            return tokens, [self.tokenizer.decode(ids) for ids in tokens]
+        for sequence, ending in enumerate(self.endings):
+            for token in ending.rest():
+                self.emit(sequence, token)
+        cut = [ids[:ending.kept()] for ids, ending in zip(tokens, self.endings, strict=True)]
+        return cut, [ending.text for ending in self.endings]
+
+
+@dataclass
+class Held:
+    """A token that has not been emitted, and the characters of the text that it needs."""
+    token: int
+    end: int
+
+
+class Ending:
+    """One answer: its text, which ends where the first stop text begins."""
+
+    def __init__(self, tokenizer: ChatTokenizer, stops: tuple[str, ...]):
+        self.token_bytes = tokenizer.token_bytes
+        self.stops = stops
+        self.utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.text = ""
+        self.starts: list[int] = []                 # where in the text each token begins
+        self.held: list[Held] = []
+        self.ended = False
+
+    def push(self, token: int) -> list[int]:
+        """The tokens that belong to the answer for certain now that this one follows."""
+        before = len(self.text)
+        self.starts.append(before)
+        self.text += self.utf8.decode(self.token_bytes(token))
+        cut_short = bool(self.utf8.getstate()[0])   # the token ends within a character
+        self.held.append(Held(token, len(self.text) + cut_short))
+        found = [place for stop in self.stops
+                 if (place := self.text.find(stop, max(0, before - len(stop) + 1))) >= 0]
+        if found:
+            self.ended = True
+            self.text = self.text[:min(found)]
+        return self._released(len(self.text) if found else len(self.text) - self._may_begin_a_stop())
+
+    def rest(self) -> list[int]:
+        """The tokens that were held back, when the answer ends without a stop text."""
+        if self.ended:
+            return []
+        self.text += self.utf8.decode(b"", final=True)
+        return self._released(len(self.text) + 1)
+
+    def kept(self) -> int:
+        """How many tokens the answer has."""
+        return sum(start < len(self.text) for start in self.starts) if self.ended else len(self.starts)
+
+    def _may_begin_a_stop(self) -> int:
+        """How many of the last characters could be the beginning of a stop text."""
+        return max((length for stop in self.stops for length in range(1, len(stop))
+                    if self.text.endswith(stop[:length])), default=0)
+
+    def _released(self, certain: int) -> list[int]:
+        """Take out the first tokens, as far as they need no more than `certain` characters."""
+        count = 0
+        while count < len(self.held) and self.held[count].end <= certain:
+            count += 1
+        tokens = [held.token for held in self.held[:count]]
+        del self.held[:count]
+        return tokens
+
+
+def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
+    """Stop texts that can be looked for. Raises ValueError with one line."""
+    if isinstance(stops, str) or not isinstance(stops, (list, tuple)):
+        raise ValueError(f"stop texts must come as a list of texts, not as {quoted(stops)}")
+    for stop in stops:
+        if not isinstance(stop, str) or not stop:
+            raise ValueError(f"a stop text must be text of at least one character, not {quoted(stop)}")
+        if len(stop) > MOST_LETTERS:
+            raise ValueError(f"a stop text has {len(stop):,} characters, but may have at most {MOST_LETTERS:,}")
+        try:
+            stop.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"the stop text {quoted(stop)} is not valid Unicode: no answer holds it") from None
+    return tuple(stops)
