@@ -7,7 +7,6 @@ import json
 import sys
 from collections.abc import Callable
 
-from cli import chat
 from model.answer import Answer, EncodedImages
 from program import say, write
 from pruning import Pruner
@@ -21,45 +20,51 @@ def print_answers(args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Ask, 
     """One answer is printed as it is made; those of a batch in order at the end, a line each."""
     live = len(conversations) == 1 and not args.json
     answer = stream(tokenizer, ask, conversations[0]) if live else ask(conversations)
-    texts = [tokenizer.decode(tokens) for tokens in answer.tokens]
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
-        return write_json(as_json(args.model, texts, answer, encoded, named))
+        return write_json(as_json(args.model, answer, encoded, named))
     if not live:
-        write("".join(text + "\n" for text in texts))
+        write("".join(text + "\n" for text in answer.texts))
     say_model(args.model)
     say_cost(answer, encoded, named)
 
 
-def chat_about(args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Ask, encoded: EncodedImages,
-               pruner: Pruner | None):
-    """Every question is about the same images, which were encoded once."""
-    def reply(conversation: list[dict]) -> str:
-        answer = stream(tokenizer, ask, conversation)
-        say_cost(answer, encoded, None if pruner is None else str(pruner))
-        return tokenizer.decode(answer.tokens[0])
-
-    say_model(args.model)
-    chat(reply, args.system, len(args.image))
-
-
 def stream(tokenizer: ChatTokenizer, ask: Ask, conversation: list[dict]) -> Answer:
     """Answer a conversation, and print the answer as it is made."""
-    text = Detokenizer(tokenizer)
-    answer = ask([conversation], emit=lambda sequence, token: write(text.push(token)))
-    write(text.flush() + "\n")
+    live = Live(tokenizer)
+    answer = ask([conversation], emit=live.push)
+    live.finish(answer.texts[0])
     return answer
+
+
+class Live:
+    """Prints an answer as it is made; `text` is what was printed. `push` is the `emit` of one sequence."""
+
+    def __init__(self, tokenizer: ChatTokenizer):
+        self.detokenizer = Detokenizer(tokenizer)
+        self.text = ""
+
+    def push(self, sequence: int, token: int):
+        piece = self.detokenizer.push(token)
+        self.text += piece
+        write(piece)
+
+    def finish(self, text: str):
+        """The rest of the answer, which begins with what was printed, and the end of its line."""
+        rest = text[len(self.text):]
+        self.text = text
+        write(rest + "\n")
 
 
 # ----- what an answer took
 
 
-def as_json(model: str, texts: list[str], answer: Answer, encoded: EncodedImages, pruner: str | None) -> dict:
+def as_json(model: str, answer: Answer, encoded: EncodedImages, pruner: str | None) -> dict:
     """One object; a batch has lists where one prompt has its answer, token ids and kept tokens."""
     kept = [round(mean(layers)) for layers in answer.kept]
-    one = len(texts) == 1
+    one = len(answer.texts) == 1
     return {"model": model,
-            "answer": texts[0] if one else texts,
+            "answer": answer.texts[0] if one else answer.texts,
             "token_ids": answer.tokens[0] if one else answer.tokens,
             "pruner": pruner,
             "image_tokens": {"slots": encoded.slots, "real": encoded.real, "kept": kept[0] if one else kept},

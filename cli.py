@@ -235,9 +235,10 @@ def add_sampling(parser: Parser):
     """The arguments of `parse_sampler`; None where one is not given."""
     rare = parser.add_rare
     parser.add_argument("--temperature", type=real_number, metavar="X", help="default 0: the likeliest token")
-    parser.add_argument("--sample", action="store_true", help="sample as the checkpoint suggests; default: greedy")
-    rare("--top-p", type=real_number, metavar="X", help="sample among the likeliest of this mass; default 0.9")
-    rare("--top-k", type=whole_number, metavar="N", help="sample among the N likeliest; default 0: among all")
+    rare("--sample", action="store_true", help="sample as the checkpoint suggests; default: greedy")
+    rare("--top-p", type=real_number, metavar="X",
+         help="sample among the likeliest of this mass; default 0.9")
+    rare("--top-k", type=whole_number, metavar="N", help="sample among the N likeliest; default 0: all")
     rare("--repetition-penalty", type=real_number, metavar="X", help="above 1: repeat less; default 1")
     rare("--seed", type=whole_number, default=0, metavar="N", help="of sampling; default 0")
 

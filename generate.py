@@ -23,16 +23,18 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from answers import chat_about, print_answers
+from answers import print_answers
+from chat import Chat
 from cli import (
     Parser,
     add_model_options,
+    add_sampling,
     catalogue,
     check_output,
     model_options,
     parse_pruner,
+    parse_sampler,
     piped_prompt,
-    real_number,
     say_how,
     whole_number,
     writing,
@@ -51,11 +53,13 @@ from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_device, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
-from weights.image_file import open_image
+from weights.image_source import images_from, is_path
 from weights.images import ImageProcessor
 from weights.messages import named, quoted
 from weights.peak import PeakMemory
 from weights.policy import Policy
+from weights.stop_texts import StopTexts, check_stops
+from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -68,9 +72,10 @@ def no_one(sequence: int, token: int):
 @torch.inference_mode()
 def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None, max_new_tokens: int,
              stop_ids: tuple[int, ...], sample: Callable[[Tensor], Tensor] = GREEDY,
-             emit: Callable[[int, int], None] = no_one, pruner: Pruner | None = None,
+             emit: Callable[[int, int], bool | None] = no_one, pruner: Pruner | None = None,
              decode: Callable[[Tensor, Cache], Tensor] | None = None) -> Answer:
-    """Continue every prompt to a stop token or `max_new_tokens`; new tokens go to `emit(sequence, token)`.
+    """Continue every prompt to a stop token or `max_new_tokens`; new tokens go to `emit(sequence, token)`,
+    which may end an answer by returning True.
 
     `image` is what `model.encode` made of the images; `decode` is `model.decode` if not given, or Compiled of
     it. Raises ValueError if a prompt does not fit, or the pruner's options do not fit the model.
@@ -127,6 +132,7 @@ class Assistant:
         dtype = parse_dtype(dtype)
         adapters = find_adapters(adapters)      # small downloads before a large one
         folder = find_checkpoint(source, revision, adapters)
+        self.folder = folder
         self.peak = PeakMemory()
         with self.peak:
             self.model = load_model(folder, device, dtype, adapters=adapters)
@@ -154,20 +160,25 @@ class Assistant:
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
     def answer(self, conversations: list[list[dict]], encoded: EncodedImages, max_new_tokens: int,
-               sampler: Sampler = GREEDY, date: str | None = None, emit: Callable[[int, int], None] = no_one,
-               pruner: Pruner | None = None, policy: Policy | None = None) -> Answer:
+               sampler: Sampler = GREEDY, date: str | None = None,
+               emit: Callable[[int, int], bool | None] = no_one, pruner: Pruner | None = None,
+               policy: Policy | None = None, stop: Sequence[str] = ()) -> Answer:
         """Answer the last turn of each conversation; all are about the same images (or none).
 
+        An answer ends before any of the texts in `stop` appears. Then `emit` gets a token when it certainly
+        belongs to the answer, but for one that reaches into the stop text: `Answer.texts` has it all.
         A pruner starts from all image tokens each time: what one question does not need, the next may.
         `policy` is for the chat template of a guard.
         """
         if not conversations:
             raise ValueError("there is no conversation to answer: give at least one")
         prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
+        answers = StopTexts(self.tokenizer, stop, len(prompts), emit)
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
         with self.peak:
             answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
-                         self.tokenizer.stop_ids, sampler, emit, pruner, self.decode)
+                         self.tokenizer.stop_ids, sampler.after(prompts), answers.push, pruner, self.decode)
+        answer.tokens, answer.texts = answers.finish(answer.tokens)
         answer.peak_memory, answer.mapped_memory = self.peak.figures(self.model.device)
         answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
         return answer
@@ -206,16 +217,16 @@ def arguments() -> argparse.Namespace:
     add, rare = parser.add_argument, parser.add_rare
     add_model_options(parser)
     parser.section("what is asked")
-    add("--image", action="append", default=[], metavar="PATH", help="an image; several go into one prompt")
+    add("--image", action="append", default=[], metavar="PATH",
+        help="an image: a path, URL, or - for stdin; several go into one prompt")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
     add("--system", metavar="TEXT", help="a system message")
     rare("--date", metavar="TEXT", help="today's date, for chat templates that write it")
     parser.section("the answer")
     add("--max-new-tokens", type=whole_number, default=256, metavar="N", help="default 256")
-    add("--temperature", type=real_number, default=0.0, metavar="X", help="default 0: the likeliest token")
-    rare("--top-p", type=real_number, default=0.9, metavar="X",
-         help="sample among the likeliest of this mass; default 0.9")
-    rare("--seed", type=whole_number, default=0, metavar="N", help="of sampling; default 0")
+    add_sampling(parser)
+    rare("--stop", action="append", default=[], metavar="TEXT",
+         help="end the answer before this text appears; several may be given")
     add("--compile", action="store_true", help="compile decoding first: pays for long answers")
     add("--json", action="store_true", help="one JSON object on stdout")
     add_guard_options(parser)
@@ -236,36 +247,42 @@ def command(args: argparse.Namespace):
     pruner = parse_pruner(args.prune, args.keep, args.set)
     if args.max_new_tokens < 1:
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
-    sampler = Sampler(args.temperature, args.top_p, args.seed)
+    parse_sampler(args)
+    check_stops(args.stop)
     chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
     if chatting and (args.json or args.guard):
         raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
-    images = [open_image(path) for path in args.image]
+    images = images_from(args.image)
     prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images) and not args.guard)])
     policy = parse_policy(args, len(prompts))
     if args.save_map is not None:
         if len(prompts) != 1 or not images:
             raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
         check_output("--save-map", args.save_map, MAP_SUFFIXES)
-        if args.save_map.resolve() in [Path(path).resolve() for path in args.image]:
+        if args.save_map.resolve() in [Path(path).resolve() for path in filter(is_path, args.image)]:
             raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, compile=args.compile, **model_options(args))
+    sampler = parse_sampler(args, assistant.folder)
     say_how(assistant.model)
     guard = None if policy is None else Guard(assistant.tokenizer, policy)
     encoded = assistant.encode_images(images, pruner)
     if args.compile:
         assistant.warm_up(max(1, len(prompts)), encoded)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
-    ask = partial(assistant.answer, encoded=encoded, max_new_tokens=args.max_new_tokens, sampler=sampler,
-                  date=args.date, pruner=pruner, policy=policy)
+    ask = partial(assistant.answer, max_new_tokens=args.max_new_tokens, sampler=sampler, date=args.date,
+                  policy=policy, stop=args.stop)
     if chatting:
-        return chat_about(args, assistant.tokenizer, ask, encoded, pruner)
+        return Chat(args, assistant.tokenizer, ask, assistant.encode_images, images, encoded, pruner).run()
+    ask = partial(ask, encoded=encoded, pruner=pruner)
     conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
     if guard is not None:
         print_verdicts(args, guard, ask, encoded, pruner, conversations)
     else:
-        print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
+        folded = [fold_system(assistant.tokenizer.template, each, args.date) for each in conversations]
+        print_answers(args, assistant.tokenizer, ask, encoded, pruner, folded)
+        if folded != conversations:
+            say(FOLDED)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
         with writing("--save-map", args.save_map) as file:

@@ -61,12 +61,11 @@ def print_verdicts(args: argparse.Namespace, guard: Guard, ask: Ask, encoded: En
     verdicts = guard.read(answer.tokens)
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
-        texts = [guard.tokenizer.decode(tokens) for tokens in answer.tokens]
         safe = [verdict.safe for verdict in verdicts]
         categories = [verdict.categories for verdict in verdicts]
         if len(verdicts) == 1:
             safe, categories = safe[0], categories[0]
-        cost = as_json(args.model, texts, answer, encoded, named)
+        cost = as_json(args.model, answer, encoded, named)
         return write_json({**cost, "safe": safe, "categories": categories})
     write("".join(f"{verdict}\n" for verdict in verdicts))
     say_model(args.model)

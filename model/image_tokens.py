@@ -93,7 +93,7 @@ class ImageTokens:
 
     def join(self, later: "ImageTokens") -> "ImageTokens":
         """These images and after them the `later` ones, of sequences that all have both, without padding, as
-        the encoder leaves them. The result is that of encoding all of them at once."""
+        the encoder leaves them. The result is that of encoding all at once, with states if both have them."""
         first = self.coords[..., :1].amax(1, keepdim=True) + 1                          # [B, 1, 1]
         moved = torch.cat((later.coords[..., :1] + first, later.coords[..., 1:]), -1)
         states = None

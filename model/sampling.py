@@ -8,8 +8,8 @@ from torch import Tensor
 
 @dataclass
 class Sampler:
-    """Greedy at temperature 0; else it draws from the `top_k` likeliest tokens (0: from all of them), of which
-    Meta's top-p rule leaves out a token if likelier ones together have more than `top_p`.
+    """Greedy at temperature 0; else it draws from the `top_k` likeliest tokens (0: from all of them), without
+    those that Meta's top-p rule leaves out: a token goes if likelier ones together have more than `top_p`.
 
     Every sequence draws from its own generator, seeded alike, so a batch gives what each prompt gives alone.
     A `repetition_penalty` above 1 makes tokens of the prompt and of the answer less likely: see `after`.
@@ -28,8 +28,8 @@ class Sampler:
         if not 0 <= self.top_k < 2 ** 63:
             raise ValueError(f"top-k is {self.top_k}, but must be a number of tokens, or 0 for all")
         if not 0.01 <= self.repetition_penalty <= 100:
-            raise ValueError(f"repetition-penalty is {self.repetition_penalty}, but must be 1 (none), up to 100 "
-                             "for fewer repetitions or down to 0.01 for more")
+            raise ValueError(f"repetition-penalty is {self.repetition_penalty}, but must be 1 (none), up to "
+                             "100 for fewer repetitions or down to 0.01 for more")
         if not -2 ** 63 <= self.seed < 2 ** 63:
             raise ValueError(f"seed is {self.seed}, but must be a number of 64 bits")
         self.generators: list[torch.Generator] = []
@@ -39,7 +39,7 @@ class Sampler:
         return self if self.repetition_penalty == 1 else Penalised(self, prompts)
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """Logits [B, V] -> tokens [B]. Raises ValueError if there is a penalty: only `after` knows prompts."""
+        """Logits [B, V] -> tokens [B]. Raises ValueError if there is a penalty: `after` knows the prompts."""
         if self.repetition_penalty != 1:
             raise ValueError("a repetition penalty needs the prompts: pass sampler.after(prompts)")
         return self.draw(logits)

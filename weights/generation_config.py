@@ -10,8 +10,8 @@ NAMES = *DECIDE, "repetition_penalty"
 
 
 def read_sampling(folder: str | Path) -> dict[str, float | int]:
-    """Fields of `Sampler`: those that the file has, and temperature 1 and top_p 1 where it leaves them out, as
-    transformers does. Raises ValueError with one line where it has none, or not numbers."""
+    """Fields of `Sampler`: those that the file has, and temperature 1 and top_p 1 where it leaves them out,
+    as transformers does. Raises ValueError with one line where it has none, or not numbers."""
     path = Path(folder) / "generation_config.json"
     settings = read_settings(path)
     found = {name: settings[name] for name in NAMES if settings.get(name) is not None}

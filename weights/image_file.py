@@ -56,8 +56,9 @@ def open_image(source: str | os.PathLike | bytes | bytearray | Image.Image,
                name: str | None = None) -> Image.Image:
     """Read a path, the bytes of a file or a PIL image as RGB: upright, first frame, transparency over white.
 
-    `name` is what messages call it; None: its path, or what it is. Wide greyscale is scaled to 8 bits, see `_grey_range`. A PIL image is decoded if it was only opened, and
-    otherwise left as it is. Raises ValueError with one line that names the image and says what to do.
+    `name` is what messages call it if not by its path. Wide greyscale is scaled to 8 bits, see `_grey_range`.
+    A PIL image is decoded if it was only opened, and otherwise left as it is. Raises ValueError with one line
+    that names the image and says what to do.
     """
     name = _name(source) if name is None else name
     image = source if isinstance(source, Image.Image) else _open(name, source)

@@ -12,7 +12,6 @@ import http.client
 import re
 import sys
 import threading
-import time
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -34,10 +33,17 @@ DATA = re.compile(r"data:", re.IGNORECASE)
 KEEP = "/?:@!$&'()*+,;=%~-._[]"     # what may stand in a URL as it is; all else is percent-encoded
 
 
-def image_from(source: str) -> Image.Image:
-    """The RGB image, as `open_image` gives it, of a path, an http(s) URL, a data URI, or "-". Raises ValueError.
+def images_from(sources: list[str]) -> list[Image.Image]:
+    """`image_from` for each source."""
+    if sources.count("-") > 1:
+        raise ValueError("- is there twice, but standard input holds one image; give a path for the other")
+    return [image_from(source) for source in sources]
 
-    A file of such a name is read as "./-" or "./data:x".
+
+def image_from(source: str) -> Image.Image:
+    """The RGB image, as `open_image` gives it, of a path, an http(s) URL, a data URI, or "-".
+
+    Raises ValueError with one line. A file of such a name is read as "./-" or "./data:x".
     """
     if is_path(source):
         return open_image(source)
@@ -58,7 +64,7 @@ def _reader(source: str) -> tuple[str, Callable[[], bytes]]:
     if source == "-":
         return "standard input", _from_stdin
     if DATA.match(source):
-        name = f"data URI {one_line(source, 40)}"
+        name = one_line(source, 40)
         return name, lambda: _from_data(name, source)
     return named(source), lambda: fetch(source)
 
@@ -110,7 +116,6 @@ class _Download:
 
     def __init__(self, url: str):
         self.url = url
-        self.until = time.monotonic() + MOST_SECONDS
         self.given_up = False
         self.content = b""
         self.error: Exception | None = None
@@ -121,8 +126,8 @@ class _Download:
         except ValueError as error:
             self.error = ValueError(f"{named(self.url)}: {one_line(error)}")
         except (OSError, http.client.HTTPException) as error:
-            self.error = ValueError(f"{named(self.url)}: cannot be fetched ({_why(error)}); check the address "
-                                    "and the connection, or download it first")
+            self.error = ValueError(f"{named(self.url)}: cannot be fetched ({_why(error)}); check the "
+                                    "address and the connection, or download it first")
         except Exception as error:          # a fault of ours belongs to the caller, not to a thread that ends
             self.error = error
 
@@ -150,8 +155,8 @@ class _Download:
             content += piece
             if len(content) > MOST_FETCHED:
                 raise ValueError(f"over {MOST_FETCHED // 2 ** 20} MiB; download it and make it smaller first")
-            if self.given_up or time.monotonic() > self.until:
-                raise TimeoutError("too slow")
+            if self.given_up:
+                raise TimeoutError("nobody waits for it any more")
         if response.length:
             raise ValueError(f"the connection broke off, {response.length:,} bytes too early; try again")
         is_page = response.headers.get_content_type() == "text/html"
@@ -173,7 +178,7 @@ def _opener() -> urllib.request.OpenerDirector:
 def _quoted(url: str) -> str:
     """A URL as people paste it, with what a request cannot hold percent-encoded. Raises ValueError."""
     parts = urllib.parse.urlsplit(url)
-    if not parts.hostname:
+    if not parts.hostname or parts.port == 0:           # to ask for the port checks it
         raise ValueError("no server in this address; write https://SERVER/IMAGE")
     if "@" in parts.netloc:
         raise ValueError("an address with a name or password in it; download it first")

@@ -2,7 +2,7 @@
 
     new token ─► Ending.push ─► tokens that belong to the answer for certain ─► emit
 
-Tokens do not end where texts do, so what may be the beginning of a stop text is held back until it is certain.
+Tokens do not end where texts do, so what may be the beginning of a stop text is held back until it is not.
 """
 import codecs
 from collections.abc import Callable, Sequence
@@ -95,7 +95,10 @@ class Ending:
 
     def kept(self) -> int:
         """How many tokens the answer has."""
-        return sum(start < len(self.text) for start in self.starts) if self.ended else len(self.starts)
+        if not self.ended:
+            return len(self.starts)
+        emitted = len(self.starts) - len(self.held)
+        return max(emitted, sum(start < len(self.text) for start in self.starts))
 
     def _may_begin_a_stop(self) -> int:
         """How many of the last characters could be the beginning of a stop text."""
@@ -120,9 +123,9 @@ def check_stops(stops: Sequence[str]) -> tuple[str, ...]:
         if not isinstance(stop, str) or not stop:
             raise ValueError(f"a stop text must be text of at least one character, not {quoted(stop)}")
         if len(stop) > MOST_LETTERS:
-            raise ValueError(f"a stop text has {len(stop):,} characters, but may have at most {MOST_LETTERS:,}")
+            raise ValueError(f"a stop text may have {MOST_LETTERS:,} characters, not {len(stop):,}")
         try:
             stop.encode()
         except UnicodeEncodeError:
-            raise ValueError(f"the stop text {quoted(stop)} is not valid Unicode: no answer holds it") from None
+            raise ValueError(f"the stop text {quoted(stop)} is not valid Unicode, as answers are") from None
     return tuple(stops)

@@ -5,17 +5,22 @@ messages." Others, the newest among them, write both.
 """
 from collections.abc import Sequence
 
-from weights.chat_template import ChatTemplate, check_messages
+from weights.chat_format import check_messages
+from weights.chat_template import ChatTemplate
+
+FOLDED = ("the chat template refuses a system message beside an image: it stands at the head of the first "
+          "question instead")
 
 
-def fold_system(template: ChatTemplate, messages: Sequence[dict], date: str | None = None) -> Sequence[dict]:
+def fold_system(template: ChatTemplate | None, messages: Sequence[dict],
+                date: str | None = None) -> Sequence[dict]:
     """The conversation with its system text at the head of the first user's text, where the template refuses
-    it because of an image only; else the conversation itself, whether the template can write it or not."""
+    it because of an image only; else the conversation itself, whether it can be written or not."""
     try:
         turns = check_messages(messages)
     except ValueError:
         return messages                     # whoever encodes it will hear why
-    if turns[0].role != "system" or all(None not in turn.parts for turn in turns):
+    if template is None or turns[0].role != "system" or all(None not in turn.parts for turn in turns):
         return messages
     if can_write(template, messages, date) or not can_write(template, without_images(messages), date):
         return messages
@@ -25,7 +30,7 @@ def fold_system(template: ChatTemplate, messages: Sequence[dict], date: str | No
 
 def can_write(template: ChatTemplate, messages: Sequence[dict], date: str | None) -> bool:
     try:
-        template.render(messages, date)
+        template.render(check_messages(messages), date)
     except ValueError:
         return False
     return True
@@ -34,8 +39,7 @@ def can_write(template: ChatTemplate, messages: Sequence[dict], date: str | None
 def without_images(messages: Sequence[dict]) -> list[dict]:
     """The same conversation about no image; a turn of images alone becomes a question."""
     question = [{"type": "text", "text": "?"}]
-    return [message if isinstance(message["content"], str) else
-            {**message, "content": [part for part in message["content"] if part["type"] == "text"] or question}
+    return [{**message, "content": [part for part in parts(message) if part["type"] == "text"] or question}
             for message in messages]
 
 

@@ -101,7 +101,7 @@ class Cascade:
             return answer
         sgl.scores = sgl.scores[rest]
 
-        def sample_rest(logits: Tensor) -> Tensor:      # a sampler knows each sequence by its place in the batch
+        def sample_rest(logits: Tensor) -> Tensor:      # samplers know sequences by their places
             whole = logits.new_zeros(len(prompts), logits.shape[-1])
             whole[rest] = logits
             return sample(whole)[rest]

@@ -13,6 +13,7 @@ from model.config import Config, RopeScaling, TextConfig, VisionConfig
 from model.llama_vision import LlamaVision
 from pruning import METHODS, Pruner, load
 from weights import read_config
+from weights.image_file import open_image
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("model", "weights", "pruning", "scenes", "evaluation", "benchmarks", "tests", "examples", "docs",
@@ -91,7 +92,7 @@ def test_the_method_of_the_page_runs(tmp_path):
     (tmp_path / path).write_text(code, encoding="utf-8")
     mine = load(f"{tmp_path / path}:Mine", keep=0.25)
     assistant = generate.Assistant("tiny")
-    encoded = assistant.encode_images([generate.open_image(ROOT / "examples" / "shapes.png")])
+    encoded = assistant.encode_images([open_image(ROOT / "examples" / "shapes.png")])
     question = generate.messages("What is written on the circle?", 1)
     answer = assistant.answer([question], encoded, 8, pruner=mine)
     assert answer.kept == [[50, 50, 50]]

@@ -11,6 +11,7 @@ from answers import size
 from benchmarks.tables import milliseconds
 from cli import labelled
 from pruning import METHODS, Pruner, hooks, load
+from weights.image_file import open_image
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,7 +33,7 @@ def assistant():
 
 @pytest.mark.parametrize(("image", "question", "answer"), EXAMPLES)
 def test_example_answers(assistant, image, question, answer):
-    look = assistant.encode_images([generate.open_image(ROOT / image)])
+    look = assistant.encode_images([open_image(ROOT / image)])
     said = assistant.answer([generate.messages(question, 1)], look, 64)
     assert assistant.tokenizer.decode(said.tokens[0]) == answer
 
@@ -169,6 +170,6 @@ def test_the_method_in_the_readme_runs(tmp_path, assistant):
     (tmp_path / "mine.py").write_text(source, encoding="utf-8")
     assert len(source.splitlines()) <= 5
     mine = load(f"{tmp_path / 'mine.py'}:Mine", keep=0.2)
-    look = assistant.encode_images([generate.open_image(ROOT / "examples" / "shapes.png")])
+    look = assistant.encode_images([open_image(ROOT / "examples" / "shapes.png")])
     said = assistant.answer([generate.messages("What is written on the circle?", 1)], look, 8, pruner=mine)
     assert said.kept == [[40, 40, 40]]

@@ -19,10 +19,10 @@ every_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.rela
 
 # What each room may import; the training scripts in scenes/ are programs too.
 LIBRARY = {"model", "weights", "pruning"}
-SHARED = LIBRARY | {"program", "terminal", "cli", "answers"}
+SHARED = LIBRARY | {"program", "terminal", "cli", "answers", "chat"}
 ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY,
            "program": {"weights"}, "terminal": {"program"}, "cli": LIBRARY | {"program", "terminal"},
-           "answers": LIBRARY | {"program", "cli"},
+           "answers": LIBRARY | {"program", "cli"}, "chat": LIBRARY | {"program", "cli", "answers"},
            "judge": LIBRARY | {"program", "terminal", "answers"},
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
@@ -91,7 +91,7 @@ def test_no_file_is_over_300_lines_and_no_function_over_50(path):
         assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
-LINES = {"coreset": 80, "random": 15, "mint": 85, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 180,
+LINES = {"coreset": 80, "random": 15, "mint": 87, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 180,
          "quecc": 140, "attention_predictor": 175}
 
 

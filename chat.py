@@ -1,0 +1,234 @@
+"""The chat of generate.py: questions, commands that begin with /, and answers until the input ends.
+
+Answers are on stdout, everything else is on stderr, also what is typed where stdout is a file. Ctrl-C stops
+an answer, or clears a line that was begun; at an empty prompt it ends the chat. The line editor keeps its
+history in memory only: a file of what was asked would surprise more people than it helps.
+"""
+import argparse
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+from PIL import Image
+
+from answers import Live, say_cost, say_model
+from cli import parse_pruner
+from model.answer import Answer, EncodedImages
+from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
+from pruning import METHODS, Pruner, hooks
+from weights.image_source import image_from, is_path
+from weights.messages import one_line, quoted
+from weights.system_text import FOLDED, fold_system
+from weights.tokenizer import ChatTokenizer, messages
+
+HELP = """/image PATH     one more image for the next question: a path, URL or data URI
+/prune METHOD [KEEP] [OPTION=VALUE]...     drop image tokens from here on
+/prune off      keep all of them; /prune alone says what is done now
+/clear          forget the conversation and its later images
+//TEXT          a question that begins with /
+Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
+
+
+class Chat:
+    """A conversation, the images that it is about, and what prunes them.
+
+    `encode(images, pruner)` encodes images, and `ask(conversations, encoded=, emit=, pruner=)` answers:
+    `Assistant.encode_images` and `Assistant.answer`. The opening images belong to the first question, and
+    those of /image to the question after them; the model sees of them what Meta's rule says.
+    """
+
+    def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Callable[..., Answer],
+                 encode: Callable[[list[Image.Image], Pruner | None], EncodedImages],
+                 opening: list[Image.Image], encoded: EncodedImages, pruner: Pruner | None):
+        self.args = args
+        self.tokenizer = tokenizer
+        self.ask = ask
+        self.encode = encode
+        self.pruner = pruner
+        self.beginning = [] if args.system is None else [{"role": "system", "content": args.system}]
+        self.told_of_folding = False
+        self.opening = opening
+        self.opening_encoded = encoded
+        self.forget()
+
+    def forget(self):
+        """Begin anew: with the system text and the opening images."""
+        self.history = self.beginning
+        self.later: list[Image.Image] = []
+        self.encoded = self.opening_encoded
+        self.not_asked_about = len(self.opening)
+
+    def run(self):
+        """Questions and commands until the input ends."""
+        commands = {"/image": self.image, "/prune": self.prune, "/clear": self.clear,
+                    "/help": lambda rest: say(HELP)}
+        say_model(self.args.model)
+        say("Ask; an empty line or Ctrl-D ends, /help shows more.")
+        lines = Lines()
+        while line := lines.next():
+            try:
+                if line.startswith("//") or not line.startswith("/"):
+                    self.reply(line.removeprefix("/"))
+                    continue
+                name, _, rest = line.partition(" ")
+                if name not in commands:
+                    raise ValueError(f"there is no command {quoted(name)}, only {', '.join(commands)}; a "
+                                     "question that begins with / is written with //")
+                commands[name](rest.strip())
+            except KeyboardInterrupt:
+                say("\nstopped")
+            except ValueError as error:         # too long, say: the chat goes on without this question
+                if is_in_a_pruner_of_the_user(error):
+                    raise
+                say(f"error: {one_line(error, MOST_LETTERS)}")
+
+    def reply(self, question: str):
+        """Answer a question. What was said until Ctrl-C counts as the answer, and nothing as no question."""
+        asked = messages(question, self.not_asked_about, history=self.history)
+        conversation = fold_system(self.tokenizer.template, asked, self.args.date)
+        if conversation is not asked and not self.told_of_folding:
+            say(FOLDED)
+            self.told_of_folding = True
+        live = Live(self.tokenizer)
+        try:
+            answer = self.ask([conversation], encoded=self.encoded, emit=live.push, pruner=self.pruner)
+            live.finish(answer.texts[0])
+        except KeyboardInterrupt:
+            live.finish(live.text)
+            if not live.text:
+                return say("stopped; this question is forgotten")
+            say("stopped; what it said until here stays in the conversation")
+        except ValueError:
+            if live.text:
+                live.finish(live.text)          # or the error would stand on its line
+            raise
+        else:
+            say_cost(answer, self.encoded, None if self.pruner is None else str(self.pruner))
+        self.history = [*asked, {"role": "assistant", "content": live.text}]
+        self.not_asked_about = 0
+
+    # ----- commands
+
+    def image(self, rest: str):
+        """Only the new image is encoded."""
+        if not rest:
+            raise ValueError("/image needs the PATH of an image, or its URL")
+        image = image_from(typed_path(rest))
+        encoded = self.encode([image], self.pruner)
+        self.encoded = self.encoded.join(encoded)
+        self.later.append(image)
+        self.not_asked_about += 1
+        say(f"image {len(self.opening) + len(self.later)}: {image.width} x {image.height} pixels, "
+            f"{encoded.real} image tokens, encode {encoded.ms:.0f} ms; now ask about it")
+
+    def prune(self, rest: str):
+        """Images are only encoded anew if the method shrinks them first, or needs what was not kept."""
+        method, *others = rest.split() or [""]
+        if method:
+            keeps = [word for word in others if "=" not in word]
+            if len(keeps) > 1 or method == "off" and others:
+                raise ValueError(f"/prune {one_line(rest, 80)}: write /prune METHOD KEEP OPTION=VALUE, or "
+                                 "/prune off")
+            settings = [word for word in others if "=" in word]
+            pruner = None if method == "off" else parse_pruner(method, keeps[0] if keeps else None, settings)
+            if self.must_encode_for(pruner):
+                opening = self.encode(self.opening, pruner)
+                later = self.encode(self.later, pruner)
+                self.opening_encoded = opening
+                self.encoded = opening.join(later)
+            self.pruner = pruner
+        if self.pruner is None:
+            return say(f"all image tokens are kept; the methods are {', '.join(METHODS)}")
+        say(f"image tokens are pruned from here on: {self.pruner}")
+
+    def must_encode_for(self, pruner: Pruner | None) -> bool:
+        """Whether this pruner needs the images encoded otherwise than they are."""
+        tokens = self.encoded.tokens
+        shrinks = any("preprocess" in hooks(type(each)) for each in (pruner, self.pruner) if each is not None)
+        needs_states = pruner is not None and pruner.keep_states and not pruner.keeps_all
+        return tokens is not None and (shrinks or needs_states and tokens.states is None)
+
+    def clear(self, rest: str):
+        self.forget()
+        system = "the system message" if self.beginning else ""
+        count = len(self.opening)
+        images = f"{count} image{'s' * (count > 1)}" if count else ""
+        remains = " and ".join(filter(None, [system, images])) or "nothing"
+        say(f"forgotten; what remains: {remains}")
+
+
+def typed_path(text: str) -> str:
+    """A path as people type it or drop it on a terminal: ~ is the home folder, and quotes and backslashes are
+    taken away if there is no such file."""
+    if not is_path(text) or os.path.lexists(text):
+        return text
+    try:
+        words = shlex.split(text)
+    except ValueError:
+        words = []
+    return os.path.expanduser(words[0] if len(words) == 1 else text)
+
+
+# ----- what is typed
+
+
+class Lines:
+    """The lines that a person types, with Python's line editor (Left, Up, Ctrl-R) where there is one."""
+
+    def __init__(self):
+        self.readline = line_editor()
+
+    def next(self) -> str:
+        """The next question or command; "" at an empty line or the end of the input."""
+        while True:
+            try:
+                return self._read().strip()
+            except EOFError:
+                say("")
+                return ""
+            except UnicodeDecodeError:
+                say(f"error: this is not valid {sys.stdin.encoding.upper()} text; type it again")
+            except KeyboardInterrupt:
+                say("")                         # or the next prompt, or the shell's, would stand on this line
+                if self.readline is None or not self.readline.get_line_buffer():
+                    raise
+
+    def _read(self) -> str:
+        if self.readline is None:
+            say("> ", end="")
+            line = sys.stdin.readline()         # input() would need a second Enter after a NUL
+            if not line:
+                raise EOFError
+            return line
+        if not os.isatty(2):
+            say("> ", end="")
+            return input()
+        with stdout_on_stderr():
+            return input("> ")                  # the editor has to know its prompt, to write it again
+
+
+def line_editor() -> ModuleType | None:
+    """The module readline if a person types at a terminal, else None; also on Windows, which edits itself."""
+    if sys.stdin is not sys.__stdin__ or not os.isatty(0) or not (os.isatty(1) or os.isatty(2)):
+        return None
+    try:
+        import readline
+    except ImportError:
+        return None
+    return readline
+
+
+@contextmanager
+def stdout_on_stderr() -> Iterator[None]:
+    """Lets the line editor, which can only write to stdout, write to stderr; stdout may be a file."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)

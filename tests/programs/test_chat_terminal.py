@@ -1,0 +1,90 @@
+"""The chat on a real terminal: its line editor, Ctrl-C, and what goes to stdout and stderr."""
+import re
+
+import pytest
+from program_inputs import IMAGE, ROOT
+from terminals import BACKSPACE, CTRL_D, LEFT, UP, Terminal
+
+ENDLESS = '''
+import time
+from pruning import Pruner
+
+class Endless(Pruner):
+    """Every answer is "bbb..." and does not end."""
+    def logits(self, logits):
+        time.sleep(0.02)
+        logits[:, 65] = 1e4
+        return logits
+'''
+
+
+@pytest.fixture
+def endless(tmp_path) -> str:
+    (tmp_path / "endless.py").write_text(ENDLESS)
+    return f"{tmp_path / 'endless.py'}:Endless"
+
+
+def test_a_chat_as_a_person_has_it(endless):
+    chat = Terminal("--image", IMAGE, "--max-new-tokens", "500")
+    chat.wait_for("> ")
+    chat.type("What is written on the cXrcle?" + LEFT * 5 + BACKSPACE + "i\n")      # edited in the middle
+    chat.wait_for("\nY\n")
+    assert "200 real\n" in chat.wait_for("\n> ")
+    chat.type(UP)                                                                   # the same once more
+    chat.wait_for("What is written on the circle?")
+    chat.type("\n")
+    chat.wait_for("tok/s")
+    chat.wait_for("\n> ")
+
+    chat.type(f"/image {ROOT / 'examples' / 'wide.png'}\n")
+    assert re.search(r"image 2: 323 x 97 pixels, 150 image tokens, encode \d+ ms", chat.wait_for("\n> "))
+    chat.type("What does the sign say?\n")
+    chat.wait_for("\n111\n")
+    assert "400 slots -> 350 real -> 150 in sight" in chat.wait_for("\n> ")
+
+    chat.type(f"/prune {endless} 0.5\n")
+    chat.wait_for("image tokens are pruned from here on: endless, keep 0.5\n> ")
+    chat.type("And now?\n")
+    chat.wait_for("bbbbb")
+    assert re.fullmatch(r"b*\^C\nstopped; what it said [^\n]*", chat.interrupt("\n> "))
+    chat.type("half a line")
+    chat.wait_for("half a line")
+    assert chat.interrupt("\n> ").strip() in ("", "^C")                             # the line is cleared
+    chat.type("/prune off\n/clear\n")
+    chat.wait_for("forgotten; what remains: 1 image\n> ")
+    chat.type("What is written on the circle?\n")
+    chat.wait_for("\nY\n")
+    assert "200 slots -> 200 real\n" in chat.wait_for("\n> ")
+    chat.interrupt("")                                                              # at an empty prompt
+    assert chat.end() == 130 and "Traceback" not in chat.seen
+
+
+def test_only_answers_are_in_a_file(tmp_path, endless):
+    chat = Terminal("--image", IMAGE, "--prune", endless, "--keep", "0.5", "--stop", "bbbbb",
+                    stdout=tmp_path / "out.txt")
+    chat.wait_for("> ")
+    chat.type("What iss" + BACKSPACE + " this?\n")
+    chat.wait_for("\nimage tokens 200")
+    chat.wait_for("\n> ")
+    chat.type(UP)
+    chat.wait_for("What is this?")
+    chat.type("\n")
+    chat.wait_for("tok/s")
+    chat.wait_for("\n> ")
+    for odd in "caf\udce9?", "nul\0?":                       # a byte that is no UTF-8: the editor drops it
+        chat.type(odd + "\n")
+        chat.wait_for("tok/s")
+        chat.wait_for("\n> ")
+    chat.type(CTRL_D)
+    assert chat.end() == 0
+    assert (tmp_path / "out.txt").read_text() == "\n" * 4
+
+
+def test_nothing_but_questions_and_answers_on_the_screen(tmp_path):
+    chat = Terminal("--image", IMAGE, stderr=tmp_path / "err.txt")
+    chat.type("What is written on the circlX" + BACKSPACE + "e?\n")
+    chat.wait_for("\nY\n")
+    chat.type("\n")
+    assert chat.end() == 0 and chat.seen.strip() == ""
+    err = (tmp_path / "err.txt").read_text()
+    assert err.startswith("tiny: ") and err.count("> ") >= 2 and "tok/s" in err
