@@ -33,14 +33,15 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
     parser.add_rare("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_rare("--adapter", action="append", default=[], metavar="A",
                     help="merge a LoRA adapter into it, a folder or hub id; several in their order")
-    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1; default: cuda where there is one")
+    parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1")
     parser.add_argument("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's own")
+    parser.add_rare("--offload", action="store_true", help="leave what a GPU cannot hold in the CPU's memory")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, object]:
     """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
     return {"device": args.device, "dtype": args.dtype, "revision": args.revision,
-            "adapters": args.adapter}
+            "adapters": args.adapter, "offload": args.offload}
 
 
 def say_how(model: LlamaVision):

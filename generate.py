@@ -48,9 +48,10 @@ from model.llama_vision import LlamaVision
 from model.sampling import GREEDY, Sampler, Transcript
 from program import say, write
 from pruning import Pruner
+from pruning.on_device import on_device
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
-from weights import find_checkpoint, load_model, parse_device, parse_dtype
+from weights import find_checkpoint, load_model, parse_devices, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.image_source import images_from, is_path
@@ -126,22 +127,26 @@ class Assistant:
     """A checkpoint ready to answer: the model, its prompt format and its image processing."""
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
-                 revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = ()):
+                 revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = (),
+                 offload: bool = False):
         began = time.perf_counter()
-        device = parse_device(device)           # both before a download that may take an hour
+        self.devices = parse_devices(device)    # both before a download that may take an hour
         dtype = parse_dtype(dtype)
+        if compile and (offload or len(self.devices) > 1):
+            raise ValueError("the decode step can only be compiled where all weights are on one device: "
+                             "leave out compiling, offloading or the other devices")
         adapters = find_adapters(adapters)      # small downloads before a large one
         folder = find_checkpoint(source, revision, adapters)
         self.folder = folder
         self.peak = PeakMemory()
         with self.peak:
-            self.model = load_model(folder, device, dtype, adapters=adapters)
+            self.model = load_model(folder, device, dtype, adapters=adapters, offload=offload)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
         if compile:                             # imported here: a compiler takes seconds to import
             from model.compiled import Compiled
-            self.decode = Compiled(self.model.decode, device)
+            self.decode = Compiled(self.model.decode, self.model.device)
         self.ms = {"load": (time.perf_counter() - began) * 1000}
 
     def encode_images(self, images: list[Image.Image], pruner: Pruner | None = None,
@@ -174,6 +179,7 @@ class Assistant:
             raise ValueError("there is no conversation to answer: give at least one")
         prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
         answers = StopTexts(self.tokenizer, stop, len(prompts), emit)
+        pruner = on_device(pruner, self.devices)
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
         with self.peak:
             answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,

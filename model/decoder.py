@@ -41,13 +41,13 @@ class Decoder(nn.Module):
     def new_cache(self, lengths: list[int], capacity: int) -> Cache:
         """Room for `capacity` tokens in each sequence, for prompts of these lengths."""
         c = self.config
-        like = self.norm.weight
         shape = len(lengths), c.num_key_value_heads, rounded_up(capacity), c.head_dim
-        depth = len(self.layers) - len(self.cross_layers)
-        keys = [like.new_zeros(shape) for _ in range(depth)]
-        values = [like.new_zeros(shape) for _ in range(depth)]
-        positions = torch.tensor(lengths, device=like.device)
-        return Cache(keys, values, positions, rotary_frequencies(c, like.device))
+        own = [layer.input_layernorm.weight for layer in self.layers if isinstance(layer, SelfAttentionLayer)]
+        keys = [like.new_zeros(shape) for like in own]
+        values = [like.new_zeros(shape) for like in own]
+        device = self.embed_tokens.weight.device
+        positions = torch.tensor(lengths, device=device)
+        return Cache(keys, values, positions, rotary_frequencies(c, device))
 
     def forward(self, input_ids: Tensor, image: ImageTokens | None, seen: Tensor | None,
                 cache: Cache | None = None, pruner: LayerHook | None = None) -> Tensor:

@@ -173,7 +173,7 @@ class ImageKV:
         if self.mask is None:
             return self
         kv = self.take(self.mask)
-        mask = kv.mask if sees_image is None or kv.mask is None else kv.mask | ~sees_image
+        mask = kv.mask if sees_image is None or kv.mask is None else kv.mask | ~sees_image.to(kv.mask.device)
         return replace(kv, mask=None if mask is None or mask.all() else mask)
 
 
@@ -220,6 +220,7 @@ def visible_tokens(seen: Tensor, tokens: ImageTokens | ImageKV) -> Tensor:
         image = image[:, None]
         mask = None if mask is None else mask[:, None]
     image = image[:, :, None]                                                           # [B, K, 1, N]
+    seen = seen.to(tokens.coords.device)
     first = seen[:, None, :, :1]                                                        # [B, 1, T, 1]
     stop = seen[:, None, :, 1:]
     inside = (image >= first) & (image < stop)                                          # [B, K, T, N]
@@ -232,6 +233,7 @@ def attention_mask(seen: Tensor, kv: ImageKV) -> Tensor | None:
 
     Positions that see no image get no mask: their softmax has to be finite, though its result is not used.
     """
+    seen = seen.to(kv.coords.device)
     sees_image = seen[..., 0] < seen[..., 1]                                            # [B, T]
     mask = visible_tokens(seen, kv) | ~sees_image[:, None, :, None]
     mask = None if mask.all() else mask

@@ -23,7 +23,8 @@ from weights.adapters import with_adapters
 from weights.added_tokens import with_stored_rows
 from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
-from weights.device import parse_device, parse_dtype
+from weights.device import parse_dtype
+from weights.devices import Placement, parse_devices
 from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
@@ -34,15 +35,17 @@ from weights.wide import is_slow, widen
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
                dtype: str | torch.dtype | None = None, revision: str | None = None,
-               adapters: Sequence[str | Path] = ()) -> LlamaVision:
+               adapters: Sequence[str | Path] = (), offload: bool = False) -> LlamaVision:
     """The model of a checkpoint ('tiny', a folder or a hub id) in eval mode, ready to run or to fine-tune.
 
     dtype None is the checkpoint's own; where it mixes several, the one that most weights have. LoRA adapters
     (folders or hub ids) are merged in their order; 'none' is for weights that have merged one already.
-    Parameters require gradients as in any nn.Module. Raises ValueError with one line for whatever is wrong
-    with the arguments or the files, and where memory does not suffice.
+    Parameters require gradients as in any nn.Module, unless weights are in several places: several devices
+    "cuda:0,cuda:1" share the decoder's layers, and with `offload` what does not fit on a GPU stays in the
+    CPU's memory. Raises ValueError with one line for whatever is wrong with the arguments or the files, and
+    where memory does not suffice.
     """
-    device = parse_device(device)                       # before a download that may take an hour
+    devices = parse_devices(device)                     # before a download that may take an hour
     dtype = parse_dtype(dtype)
     adapters = find_adapters(adapters)
     folder = find_checkpoint(source, revision, adapters)
@@ -60,12 +63,14 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
     dtype = own_dtype if dtype is None else dtype
-    if is_slow(dtype, device):
+    if is_slow(dtype, devices[0]):
         widen(model)
-    state = _read(found, device, dtype, folder)
+    placement = Placement(model, devices, dtype, offload)
+    state = _read(found, placement, dtype, folder)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
         state[HEAD] = state[EMBEDDING][:config.text.vocab_size]
     model.load_state_dict(state, assign=True)
+    placement.connect(model)
     return model.eval()
 
 
@@ -87,12 +92,13 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(found: dict[str, Stored], device: torch.device, dtype: torch.dtype,
+def _read(found: dict[str, Stored], placement: Placement, dtype: torch.dtype,
           folder: Path) -> dict[str, Tensor]:
     """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each."""
     state = {}
     try:
         for name, stored in found.items():
+            device = placement.device_of(name)
             state[name] = stored.read().to(device, dtype)
     except (RuntimeError, TypeError, MemoryError) as error:     # most often: not enough memory
         raise ValueError(f"{named(folder)}: the weights cannot be put on {device} as {dtype} "

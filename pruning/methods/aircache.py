@@ -59,10 +59,10 @@ class AirCache(SelectPerLayer):
     def added(self, queries: Queries, kv: ImageKV, b: int, which: Tensor, weights: Tensor) -> Tensor:
         """The norm of what attention adds to some query positions [t], against the norm of what they were."""
         layer = self.layers[len(self.scores)]
-        o_proj = layer.cross_attn.o_proj.weight                                         # [D, H·d]
         read = weights.unflatten(0, (kv.value.shape[1], -1)).flatten(1, 2) @ kv.value[b].float()
-        read = read.view(*weights.shape[:2], -1).transpose(0, 1).flatten(1).to(o_proj.dtype)    # [t, H·d]
-        update = layer.cross_attn_attn_gate.tanh() * (read @ o_proj.T)                  # [t, D]
+        read = read.view(*weights.shape[:2], -1).transpose(0, 1).flatten(1)                     # [t, H·d]
+        update = layer.cross_attn.o_proj(read.to(kv.value.dtype))                       # [t, D]
+        update = update * layer.cross_attn_attn_gate.tanh().to(update.device)
         return update.float().norm(dim=-1) / queries.x[b, which].float().norm(dim=-1)
 
     def choose(self, image_kv: list[ImageKV]) -> list[Tensor]:
