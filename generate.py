@@ -47,7 +47,7 @@ from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY, Sampler, Transcript
 from program import say, write
-from pruning import Pruner
+from pruning import Pruner, check_pruner
 from pruning.on_device import on_device
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
@@ -56,7 +56,7 @@ from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.image_source import images_from, is_path
 from weights.images import ImageProcessor
-from weights.messages import named, quoted
+from weights.messages import named
 from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.stop_texts import StopTexts, check_stops
@@ -110,17 +110,6 @@ def generate(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | 
     return Answer(transcript.tokens, seen, kept, ms, transcript.decoded,
                   image_kv_bytes=cache.image_bytes(), text_kv_bytes=cache.text_bytes(),
                   image_kv_stored=kv_bytes(cache.image_kv + pruner.stored))
-
-
-def check_pruner(pruner: Pruner | None, image: ImageTokens | None):
-    """Raise ValueError for what is no pruner, or for one that cannot work on this image."""
-    if pruner is None:
-        return
-    if not isinstance(pruner, Pruner):
-        raise ValueError(f"pruner is {quoted(pruner)}, not an instance of a Pruner: make one, as in "
-                         "load('fastv', keep=0.25)")
-    if pruner.keep_states and not pruner.keeps_all and image is not None and image.states is None:
-        raise ValueError(f"{pruner.name} needs states of the encoder: encode with keep_states=True")
 
 
 class Assistant:

@@ -29,7 +29,7 @@ from pruning.methods.trimmed_llama import TrimmedLlama
 from pruning.methods.visionzip import VisionZip
 from pruning.methods.zipvl import ZipVL
 from pruning.options import options
-from pruning.pruner import Pruner, SelectOnce, SelectPerLayer, Wrapper, hooks
+from pruning.pruner import Pruner, SelectOnce, SelectPerLayer, Wrapper, check_pruner, hooks
 from pruning.select import top_k_mask
 from weights.messages import one_line, quoted
 
@@ -38,8 +38,8 @@ METHODS = {method.name: method for method in (
     SGL, QueCC, DivPrune, CDPruner, VisionZip, PruMerge, ToMe, Scope, AttentionMatching, Random, Spatial,
     Downsample)}
 
-__all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received", "find",
-           "hooks", "load", "options", "top_k_mask"]
+__all__ = ["METHODS", "Pruner", "SelectOnce", "SelectPerLayer", "Wrapper", "attention_received",
+           "check_pruner", "find", "hooks", "load", "options", "top_k_mask"]
 
 
 def load(method: str, /, **settings) -> Pruner:

@@ -23,6 +23,7 @@ from model.llama_vision import LlamaVision
 from pruning.options import Options, check_least, check_share
 from pruning.select import top_k_mask
 from weights.images import ImageProcessor
+from weights.messages import quoted
 
 Reduced = TypeVar("Reduced", ImageTokens, ImageKV)
 
@@ -90,6 +91,17 @@ class Pruner(Options):
         others = [f"{option} {value}" for option, value in self.options_set().items()]
         keep = [] if self.keep is None else [f"keep {self.keep} {self.unit}".strip()]
         return ", ".join([self.name, *keep, *others])
+
+
+def check_pruner(pruner: Pruner | None, image: ImageTokens | None):
+    """Raise ValueError for what is no pruner, or for one that cannot work on this image."""
+    if pruner is None:
+        return
+    if not isinstance(pruner, Pruner):
+        raise ValueError(f"pruner is {quoted(pruner)}, not an instance of a Pruner: make one, as in "
+                         "load('fastv', keep=0.25)")
+    if pruner.keep_states and not pruner.keeps_all and image is not None and image.states is None:
+        raise ValueError(f"{pruner.name} needs states of the encoder: encode with keep_states=True")
 
 
 # The methods above, in the order in which they are called.
