@@ -24,10 +24,10 @@ def drawn(width: int, height: int) -> Image.Image:
 
 
 class Input(io.TextIOWrapper):
-    """Standard input of given text: a pipe, or a terminal."""
+    """Standard input of given text or bytes: a pipe, or a terminal."""
 
-    def __init__(self, text: str, terminal: bool):
-        super().__init__(io.BytesIO(text.encode()), encoding="utf-8")
+    def __init__(self, text: str | bytes, terminal: bool):
+        super().__init__(io.BytesIO(text if isinstance(text, bytes) else text.encode()), encoding="utf-8")
         self.terminal = terminal
 
     def isatty(self) -> bool:
@@ -38,7 +38,7 @@ def command_line(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
     """Runs the command line on the CPU; returns what it wrote to stdout and stderr."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
-    def command(*args: str, stdin: str = "", terminal: bool = False) -> tuple[str, str]:
+    def command(*args: str, stdin: str | bytes = "", terminal: bool = False) -> tuple[str, str]:
         monkeypatch.setattr(sys, "argv", ["generate.py", *args])
         monkeypatch.setattr(sys, "stdin", Input(stdin, terminal))
         program.main()

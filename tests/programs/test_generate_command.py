@@ -133,8 +133,8 @@ def test_dtype_is_that_of_the_weights_and_caches(run, wide):
 
 def test_sampling_from_the_command_line(run, monkeypatch):
     load = program.load_model
-    monkeypatch.setattr(program, "load_model", lambda *args: randomise(
-        load(*args), read_config(TINY).vision, seed=2))
+    monkeypatch.setattr(program, "load_model", lambda *args, **named: randomise(
+        load(*args, **named), read_config(TINY).vision, seed=2))
 
     def answer(*flags: str) -> list[int]:
         command = "--prompt", "What?", "--max-new-tokens", "10", "--json", "--dtype", "fp32"
