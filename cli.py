@@ -17,6 +17,7 @@ from program import say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
 from terminal import Parser
+from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
 from weights.messages import named, quoted, reason
@@ -44,11 +45,16 @@ def model_options(args: argparse.Namespace) -> dict[str, object]:
             "adapters": args.adapter, "offload": args.offload}
 
 
-def say_how(model: LlamaVision):
-    """On stderr, what a model does otherwise on this machine."""
+def say_how(model: LlamaVision, args: argparse.Namespace, adapters: list[str | Path]):
+    """On stderr, what a model does otherwise on this machine, and which adapters name another base than it:
+    that may be a copy of this one, or not."""
     words = wide_words(model)
     if words is not None:
         say(words)
+    for adapter, base in zip(args.adapter, said_bases(adapters), strict=True):
+        if base not in (None, args.model):
+            say(f"adapter {named(adapter)} merged into {named(args.model)}; it says that it was trained on "
+                f"{base}")
 
 
 def whole_number(text: str) -> int:

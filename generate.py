@@ -124,13 +124,13 @@ class Assistant:
         if compile and (offload or len(self.devices) > 1):
             raise ValueError("the decode step can only be compiled where all weights are on one device: "
                              "leave out compiling, offloading or the other devices")
-        adapters = find_adapters(adapters)      # small downloads before a large one
-        folder = find_checkpoint(source, revision, adapters)
+        self.adapters = find_adapters(adapters)     # small downloads before a large one
+        folder = find_checkpoint(source, revision, self.adapters)
         self.folder = folder
         self.peak = PeakMemory()
         with self.peak:
-            self.model = load_model(folder, device, dtype, adapters=adapters, offload=offload)
-        self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(adapters))
+            self.model = load_model(folder, device, dtype, adapters=self.adapters, offload=offload)
+        self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(self.adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
         if compile:                             # imported here: a compiler takes seconds to import
@@ -259,7 +259,7 @@ def command(args: argparse.Namespace):
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
     assistant = Assistant(args.model, compile=args.compile, **model_options(args))
     sampler = parse_sampler(args, assistant.folder)
-    say_how(assistant.model)
+    say_how(assistant.model, args, assistant.adapters)
     guard = None if policy is None else Guard(assistant.tokenizer, policy)
     encoded = assistant.encode_images(images, pruner)
     if args.compile:

@@ -64,6 +64,7 @@ def find_adapter(source: str | Path) -> Path:
     folder = local_folder(text, f"pass the folder that holds {ADAPTER} and it")
     if folder is not None:
         _check_files(folder, text)
+        open_adapter(folder)
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(text):
         raise ValueError(f"adapter {quoted(text)} is neither a folder here nor a hub id like owner/name")
@@ -148,6 +149,11 @@ def _check_parts(adapter: Adapter, change: LowRank):
         shapes = f"{change.parts[a].shape} and {change.parts[b].shape}"
         raise ValueError(f"{path}: {quoted(change.module)} has matrices of the shapes {quoted(shapes)}, but "
                          f"{ADAPTER} says rank {change.rank}")
+
+
+def said_bases(adapters: list[str | Path]) -> list[str | None]:
+    """What each adapter says that it was trained on."""
+    return [None if adapter == NONE else read_lora_config(Path(adapter)).base for adapter in adapters]
 
 
 def text_folder(adapters: list[str | Path]) -> Path | None:

@@ -1,8 +1,8 @@
 """Reads adapter_config.json, the settings of a LoRA adapter as PEFT writes them.
 
-Whatever would change the numbers and is not supported is refused by its name: an adapter is merged as a
-whole or not at all. Settings of training alone (dropout, targets, how weights began) are not needed: the
-tensors say where they belong.
+Whatever would change the numbers and is not supported is refused by its name: no adapter is merged in part.
+Settings of training alone (dropout, targets, how weights began) are not needed: the tensors say where they
+belong.
 """
 import math
 import re

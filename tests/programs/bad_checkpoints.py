@@ -40,6 +40,7 @@ def not_utf8(bench: Bench) -> list[str]:
     return ["--model", str(folder.rename(folder.with_name("caf\udce9"))), *QUESTION]
 
 
+LORA = b'{"peft_type": "LORA", "r": 1, "lora_alpha": 1}'
 PLACES = [
     ("no such folder", flags("--model", "./none"), "'./none'", "nor a folder here"),
     ("no name", flags("--model", ""), "''", "'tiny'", "hub id"),
@@ -53,6 +54,14 @@ PLACES = [
     ("pth folder", folder_of("consolidated.00.pth", "params.json"), ".pth", "safetensors"),
     ("adapter", folder_of("adapter_config.json", "adapter_model.safetensors"), "adapter alone",
      "--model BASE --adapter"),
+    ("adapter that is nowhere", flags("--adapter", "./none"), "adapter './none'", "hub id"),
+    ("model as an adapter", flags("--adapter", str(TINY)), "no adapter_config.json there"),
+    ("none beside an adapter", flags("--adapter", "none", "--adapter", "a/b"), "'none'", "leave it out"),
+    ("adapter without weights", lambda b: ["--adapter", str(Path(b.path("adapter_config.json", LORA)).parent),
+                                           *QUESTION], "no adapter_model.safetensors", "with peft"),
+    ("adapter of another kind", model(("adapter_config.json", b'{"peft_type": "IA3"}'), also=(
+        "--adapter", "checkpoint", *QUESTION)), "'IA3'", "merge_and_unload"),
+    ("adapter beside weights", model(("adapter_config.json", LORA)), "beside the weights", "--adapter none"),
     ("GGUF file", lambda b: ["--model", b.path("x.gguf", b"GGUF"), *QUESTION], "GGUF", "safetensors"),
     ("link to itself", linked("m", "--model", "m"), "m: cannot be read", "symbolic links"),
     ("folder not UTF-8", not_utf8, "caf\\udce9", "not valid UTF-8", "rename"),
