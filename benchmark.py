@@ -105,7 +105,7 @@ def command(args: argparse.Namespace):
     pruners = check(args)
     device = parse_device(args.device)
     subject, loading = make_subject(args, device)
-    say_how(subject.model)
+    say_how(subject.model, args, find_adapters(args.adapter))
     with torch.inference_mode():
         made = measure(args, subject, loading, pruners)
     save(args, made)

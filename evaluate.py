@@ -263,7 +263,7 @@ def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float
     """What is asked, who answers, and the gates before any of them was closed."""
     exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
     assistant = Assistant(args.model, **model_options(args))
-    say_how(assistant.model)
+    say_how(assistant.model, args, assistant.adapters)
     opened = gates(assistant.model)
     if args.skip_layer is not None:
         close_gates(assistant.model, args.skip_layer)
