@@ -105,9 +105,10 @@ def test_merged_in_fp32_and_rounded_once(tmp_path, stored, asked, monkeypatch):
     merged = load_model(tmp_path, dtype=asked, adapters=[adapter])
     wanted = plain.state_dict()[name].float() + 1.5 * delta
     assert merged.dtype == (plain.dtype if asked is None else parse_dtype(asked))
-    close(merged.state_dict()[name].float(), wanted, atol=4 * torch.finfo(merged.dtype).eps)
+    within = 2 * torch.finfo(merged.dtype).eps * wanted.abs().max().item()
+    close(merged.state_dict()[name].float(), wanted, atol=within)
     rounded = wanted.to(merged.dtype) == merged.state_dict()[name]
-    assert merged.dtype == torch.float32 or rounded.float().mean() > 0.98   # all but those halfway between two
+    assert merged.dtype == torch.float32 or rounded.float().mean() > 0.98       # others lie halfway
     for other, tensor in merged.state_dict().items():
         assert other == name or torch.equal(tensor, plain.state_dict()[other].to(merged.dtype))
 
