@@ -16,7 +16,7 @@ from model.sampling import Sampler
 from program import say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
-from terminal import Parser
+from terminal import Parser, Progress
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
@@ -41,7 +41,7 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
 
 def model_options(args: argparse.Namespace) -> dict[str, object]:
     """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
-    return {"device": args.device, "dtype": args.dtype, "revision": args.revision,
+    return {"progress": Progress, "device": args.device, "dtype": args.dtype, "revision": args.revision,
             "adapters": args.adapter, "offload": args.offload}
 
 

@@ -59,6 +59,7 @@ from weights.images import ImageProcessor
 from weights.messages import named
 from weights.peak import PeakMemory
 from weights.policy import Policy
+from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
 from weights.stop_texts import StopTexts, check_stops
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
@@ -117,7 +118,7 @@ class Assistant:
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
                  revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = (),
-                 offload: bool = False):
+                 offload: bool = False, progress: Progress = silent):
         began = time.perf_counter()
         self.devices = parse_devices(device)    # both before a download that may take an hour
         dtype = parse_dtype(dtype)
@@ -127,9 +128,11 @@ class Assistant:
         self.adapters = find_adapters(adapters)     # small downloads before a large one
         folder = find_checkpoint(source, revision, self.adapters)
         self.folder = folder
+        self.progress = progress
         self.peak = PeakMemory()
         with self.peak:
-            self.model = load_model(folder, device, dtype, adapters=self.adapters, offload=offload)
+            self.model = load_model(folder, device, dtype, adapters=self.adapters, offload=offload,
+                                    progress=progress)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(self.adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
@@ -149,7 +152,8 @@ class Assistant:
         real = self.model.image_tokens([self.processor.grid(image) for image in images])
         slots = len(images) * config.max_num_tiles * config.tokens_per_tile
         clock = Clock(self.model.device)
-        with torch.inference_mode(), self.peak:
+        track = tracked_encoder(self.model.vision_model, tiles, self.progress)
+        with torch.inference_mode(), self.peak, track:
             tokens = self.model.encode([tiles], keep_states or pruner.keep_states)
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
@@ -170,7 +174,7 @@ class Assistant:
         answers = StopTexts(self.tokenizer, stop, len(prompts), emit)
         pruner = on_device(pruner, self.devices)
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
-        with self.peak:
+        with self.peak, tracked_decoder(self.model.language_model, self.progress):
             answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
                          self.tokenizer.stop_ids, sampler.after(prompts), answers.push, pruner, self.decode)
         answer.tokens, answer.texts = answers.finish(answer.tokens)

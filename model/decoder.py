@@ -13,7 +13,16 @@ from torch import Tensor, nn
 from model.cache import Cache, rounded_up
 from model.config import TextConfig
 from model.image_tokens import ImageKV, ImageTokens, Queries, attention_mask
-from model.layers import RMSNorm, SwiGLU, attend, rotary_angles, rotary_frequencies, rotate, split_heads
+from model.layers import (
+    RMSNorm,
+    SwiGLU,
+    attend,
+    rotary_angles,
+    rotary_frequencies,
+    rotate,
+    split_heads,
+    untracked,
+)
 
 
 class LayerHook(Protocol):
@@ -32,6 +41,7 @@ class Decoder(nn.Module):
             CrossAttentionLayer(config) if i in config.cross_attention_layers else SelfAttentionLayer(config)
             for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.track = untracked
 
     @property
     def cross_layers(self) -> list["CrossAttentionLayer"]:
@@ -67,7 +77,7 @@ class Decoder(nn.Module):
             asking = seen * (positions < cache.positions[:, None])[..., None]           # padding asks nothing
         i_self = i_cross = 0
         text_q = text_k = None
-        for layer in self.layers:
+        for layer in self.track(self.layers):
             if isinstance(layer, SelfAttentionLayer):
                 x, text_q, text_k, text_v = layer(x, angles)
                 if cache is not None:

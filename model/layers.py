@@ -3,6 +3,7 @@
 RMSNorm, rotary position embedding with llama3 scaling, SwiGLU, and `attend`, the one place where attention is
 computed. B batch, T text tokens, N keys, H query heads, G key/value heads, d head width, D model width.
 """
+from collections.abc import Iterable
 from functools import lru_cache
 from math import pi
 
@@ -43,6 +44,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, H·d] -> [B, H, T, d]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def untracked(layers: Iterable[nn.Module]) -> Iterable[nn.Module]:
+    """The layers as they are. Whoever wants to know how far a computation is sets another `track`."""
+    return layers
 
 
 class RMSNorm(nn.Module):

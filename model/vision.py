@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from model.config import VisionConfig
 from model.image_tokens import Grid
-from model.layers import attend, split_heads
+from model.layers import attend, split_heads, untracked
 
 
 class VisionEncoder(nn.Module):
@@ -35,6 +35,7 @@ class VisionEncoder(nn.Module):
         self.layernorm_post = nn.LayerNorm(c.hidden_size, eps=c.norm_eps)
         self.transformer = Stack(c, c.num_hidden_layers, gated=False)
         self.global_transformer = Stack(c, c.num_global_layers, gated=True)
+        self.track = untracked
 
     def forward(self, pixels: Tensor, grid: Grid) -> tuple[Tensor, Tensor, Tensor]:
         """Encode images of one grid of tiles: pixels [I, max_tiles, 3, S, S] -> what the projector reads,
@@ -52,14 +53,14 @@ class VisionEncoder(nn.Module):
         x = torch.cat((x.flatten(1, 2), x.new_zeros(len(x), tiles, c.hidden_size)), 1)   # [I, t·P + t, D]
         layout = Layout(real, tiles, c, x.device)
         taps = []
-        for i, layer in enumerate(self.transformer.layers):
+        for i, layer in enumerate(self.track(self.transformer.layers)):
             if i in c.intermediate_layers_indices:
                 taps.append(x[:, :layout.real])               # the input of the layer, not its output
             x, _ = layer(x, layout)
         post = self.post_tile_positional_embedding(ratio, real, tiles)                   # [t, 1, D]
         x = self.layernorm_post(x) + torch.cat((post.repeat_interleave(c.tokens_per_tile, 0), post))[:, 0]
         *layers, last = self.global_transformer.layers
-        for layer in layers:
+        for layer in self.track(layers):
             x, _ = layer(x, layout)
         entering = x[:, :layout.real]                                                    # [I, N, D]
         x, attended = last(x, layout, layout.real)            # nothing reads the padding any more

@@ -28,6 +28,7 @@ from weights.devices import Placement, parse_devices
 from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
+from weights.progress import Progress, gigabytes, silent
 from weights.safetensors_file import STORED
 from weights.stored import Stored
 from weights.wide import is_slow, widen
@@ -35,7 +36,8 @@ from weights.wide import is_slow, widen
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
                dtype: str | torch.dtype | None = None, revision: str | None = None,
-               adapters: Sequence[str | Path] = (), offload: bool = False) -> LlamaVision:
+               adapters: Sequence[str | Path] = (), offload: bool = False,
+               progress: Progress = silent) -> LlamaVision:
     """The model of a checkpoint ('tiny', a folder or a hub id) in eval mode, ready to run or to fine-tune.
 
     dtype None is the checkpoint's own; where it mixes several, the one that most weights have. LoRA adapters
@@ -66,7 +68,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     if is_slow(dtype, devices[0]):
         widen(model)
     placement = Placement(model, devices, dtype, offload)
-    state = _read(found, placement, dtype, folder)
+    state = _read(found, placement, dtype, folder, progress)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
         state[HEAD] = state[EMBEDDING][:config.text.vocab_size]
     model.load_state_dict(state, assign=True)
@@ -92,14 +94,19 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(found: dict[str, Stored], placement: Placement, dtype: torch.dtype,
-          folder: Path) -> dict[str, Tensor]:
+def _read(found: dict[str, Stored], placement: Placement, dtype: torch.dtype, folder: Path,
+          progress: Progress) -> dict[str, Tensor]:
     """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each."""
+    sizes = [math.prod(stored.shape) * stored.dtype.itemsize for stored in found.values()]
+    done = 0
     state = {}
     try:
-        for name, stored in found.items():
-            device = placement.device_of(name)
-            state[name] = stored.read().to(device, dtype)
+        with progress("loading", gigabytes) as report:
+            for (name, stored), size in zip(found.items(), sizes, strict=True):
+                device = placement.device_of(name)
+                state[name] = stored.read().to(device, dtype)
+                done += size
+                report(done, sum(sizes))
     except (RuntimeError, TypeError, MemoryError) as error:     # most often: not enough memory
         raise ValueError(f"{named(folder)}: the weights cannot be put on {device} as {dtype} "
                          f"({one_line(error, 200)}); choose a smaller dtype or another device") from None
