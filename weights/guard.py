@@ -42,8 +42,10 @@ class Guard:
     def __init__(self, tokenizer: ChatTokenizer, policy: Policy | None = None):
         self.tokenizer = tokenizer
         self.policy = Policy() if policy is None else policy
-        offered = dict(CATEGORY.findall(self._written(Policy())))
-        offered = offered if self.policy.categories is None else dict(self.policy.categories)
+        written = self._written(self.policy)
+        offered = self.policy.categories
+        if offered is None:
+            offered = dict(CATEGORY.findall(self._written(Policy())))
         for key in self.policy.excluded:
             if key not in offered:
                 raise ValueError(f"the excluded category {quoted(key)} is none of "
@@ -51,7 +53,7 @@ class Guard:
         self.categories = {key: text for key, text in offered.items() if key not in self.policy.excluded}
         if not self.categories:
             raise ValueError("all categories are excluded: leave at least one to judge by")
-        self._check_written(self._written(self.policy))
+        self._check_written(written)
 
     def _written(self, policy: Policy) -> str:
         """What the template writes about categories."""

@@ -114,6 +114,9 @@ class ChatTokenizer:
         turns = check_messages(messages)
         if date is not None:
             date = valid_text("date", date)
+        if policy is not None and not isinstance(policy, Policy):
+            raise ValueError(f"policy is {quoted(policy)}, not a Policy: make one, as in "
+                             "Policy({'S1': 'Violent Crimes.'})")
         special = self.vocabulary.special
         if self.template is not None:
             pieces = self.template.pieces(turns, date, policy)

@@ -98,6 +98,12 @@ def test_odd_policies_are_refused(categories, excluded, words):
     assert words in refusal(Policy, categories, excluded)
 
 
+@pytest.mark.parametrize("policy", ["S1", {"S1": "x"}, 7])
+def test_what_is_no_policy_is_refused(guard, policy):
+    assert "not a Policy: make one" in refusal(Guard, guard, policy)
+    assert "not a Policy: make one" in refusal(guard.encode, messages("x"), policy=policy)
+
+
 def test_other_models_are_no_guards(folder, base_folder, config):
     for place in folder, base_folder:
         tokenizer = ChatTokenizer.from_folder(place, config)
