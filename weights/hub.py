@@ -39,8 +39,8 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{,95}/[\w.-]{1,96}", re.ASCII)
 WANTED = "needed is a safetensors checkpoint in the official layout, as meta-llama has it on the hub"
 FOREIGN = (                                             # what a folder may hold instead
     ("*.gguf", "GGUF files"),
-    ("original/*.pth", "Meta's original .pth files in original/"),
-    ("*.pth", "Meta's original .pth files"),
+    ("original/*.pth", "Meta's original .pth files in original/, which `python -m weights.from_meta` reads"),
+    ("*.pth", "Meta's original .pth files, which `python -m weights.from_meta FOLDER OUT` converts"),
     ("adapter_config.json", "an adapter alone, which --adapter merges into the base that --model names"),
     ("pytorch_model*.bin*", "PyTorch pickle files (pytorch_model.bin)"),
 )

@@ -11,6 +11,7 @@ import json
 import mmap
 import os
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -162,16 +163,25 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]):
     Raises ValueError where a tensor has no values (on the meta device) or a dtype that is not a float, and
     OSError where the file cannot be written; the old file then stays as it was.
     """
-    codes = {dtype: code for code, dtype in STORED.items()}
+    codes = list(STORED.values())
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise ValueError(f"tensor {quoted(name)} is on the meta device: it has no values to write")
         if tensor.dtype not in codes:
-            raise ValueError(f"tensor {quoted(name)} has the dtype {tensor.dtype}, not one of {list(codes)}")
+            raise ValueError(f"tensor {quoted(name)} has the dtype {tensor.dtype}, not one of {list(STORED)}")
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].element_size()))   # so they are aligned
+    write_in_turn(path, tensors, tensors.values())
+
+
+def write_in_turn(path: str | Path, like: dict[str, Tensor], tensors: Iterable[Tensor]):
+    """A safetensors file of `tensors`, each written before the next one is made.
+
+    `like` says in the same order what they are: their names, shapes and dtypes, on the meta device perhaps.
+    """
+    codes = {dtype: code for code, dtype in (STORED | PACKED).items()}
     header = {"__metadata__": {"format": "pt"}}                     # transformers asks for the metadata
     end = 0
-    for name, tensor in tensors.items():
+    for name, tensor in like.items():
         start = end
         end += tensor.nbytes
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
@@ -180,6 +190,6 @@ def write_tensors(path: str | Path, tensors: dict[str, Tensor]):
     text += b" " * (-len(text) % 8)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors.values():
+        for tensor in tensors:
             tensor = tensor.cpu().contiguous()
             file.write((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr()))
