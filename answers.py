@@ -8,8 +8,9 @@ import sys
 from collections.abc import Callable
 
 from model.answer import Answer, EncodedImages
-from program import say, write
+from program import write
 from pruning import Pruner
+from terminal import say_wrapped, size, took
 from weights.tokenizer import ChatTokenizer, Detokenizer
 
 Ask = Callable[..., Answer]
@@ -89,22 +90,29 @@ def write_json(data: dict):
 
 def say_model(model: str):
     if model == "tiny":
-        say("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
-            "--model meta-llama/Llama-3.2-11B-Vision-Instruct")
+        say_wrapped("tiny: the bundled toy checkpoint, which knows only drawn shapes; for the real one: "
+                    "--model meta-llama/Llama-3.2-11B-Vision-Instruct")
     else:
-        say(f"model {model}")
+        say_wrapped(f"model {model}")
 
 
 def say_cost(answer: Answer, encoded: EncodedImages, pruner: str | None):
-    """Image tokens, bytes, times and memory, on one or two lines."""
+    """Image tokens, bytes, times and memory, on one or two lines, or as many as a narrow terminal needs."""
+    image = ""
     if encoded.tokens is not None:
-        say(f"image tokens {encoded.slots} slots -> {encoded.real} real{kept_words(answer, encoded, pruner)}")
+        say_wrapped(f"image tokens {encoded.slots} slots -> {encoded.real} real"
+                    f"{kept_words(answer, encoded, pruner)}")
         more = ""
         if answer.image_kv_stored > answer.image_kv_bytes:
             more = f" of {size(answer.image_kv_stored)} stored"
-        say(f"image KV {size(answer.image_kv_bytes)}{more}, encode {answer.ms['encode']:.0f} ms, ", end="")
-    say(f"prefill {answer.ms['prefill']:.0f} ms, {answer.tokens_per_second:.1f} tok/s"
-        f"{memory_words(answer)}")
+        image = f"image KV {size(answer.image_kv_bytes)}{more}, encode {took(answer.ms['encode'])}, "
+    say_wrapped(f"{image}prefill {took(answer.ms['prefill'])}, {speed(answer.tokens_per_second)}"
+                f"{memory_words(answer)}")
+
+
+def speed(tokens_per_second: float) -> str:
+    """Large models on small machines take seconds for a token."""
+    return f"{tokens_per_second:.{1 if tokens_per_second >= 1 else 3}f} tok/s"
 
 
 def memory_words(answer: Answer) -> str:
@@ -134,12 +142,3 @@ def kept_words(answer: Answer, encoded: EncodedImages, pruner: str | None) -> st
 
 def mean(numbers: list[float]) -> float:
     return sum(numbers) / len(numbers) if numbers else 0.0
-
-
-def size(count: float) -> str:
-    """Bytes as people read them: 3 digits and a unit."""
-    for unit in "B", "kB", "MB":
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} GB"

@@ -31,6 +31,7 @@ from benchmarks.parts import EAGER, FULL, PEER, STATIC, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.plot import plot
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
+from benchmarks.text import text
 from benchmarks.waterfall import waterfall
 from benchmarks.whole import whole
 from cli import (
@@ -47,7 +48,7 @@ from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
 from pruning import Pruner, load
-from terminal import Progress
+from terminal import Progress, stdout_width
 from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
 from weights.messages import quoted
@@ -109,7 +110,7 @@ def command(args: argparse.Namespace):
     with torch.inference_mode():
         made = measure(args, subject, loading, pruners)
     save(args, made)
-    print(tables.text(made))
+    print(text(made, stdout_width()))
     if args.plot is not None:
         with writing("--plot", args.plot) as partial_file:
             plot(made, partial_file)

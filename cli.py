@@ -1,7 +1,7 @@
 """What the programs share on the command line: arguments, files to write, --prune, sampling, prompts.
 
 How a program starts and ends, and how an error becomes one line, is in program.py; the parser and the pages
-of help are in terminal.py; how answers are printed is in answers.py, and the chat in chat.py.
+of help are in arguments.py; how answers are printed is in answers.py, and the chat in chat.py.
 """
 import argparse
 import os
@@ -11,12 +11,13 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from arguments import Parser
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
 from program import say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
-from terminal import Parser, Progress
+from terminal import Progress
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling

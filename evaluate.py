@@ -49,7 +49,7 @@ from program import say
 from pruning import Pruner, hooks
 from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
-from terminal import Progress
+from terminal import Progress, stdout_width
 from weights import find_checkpoint
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.files import read_bytes
@@ -167,7 +167,7 @@ def command(args: argparse.Namespace):
     else:
         say(f"{args.json} holds the answers of this command already; delete it to ask again")
     if args.prune is not None:
-        print(table(made))
+        print(table(made, stdout_width()))
     if args.plot is not None:
         with writing("--plot", args.plot) as file:
             plot(made, file)
@@ -252,7 +252,7 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
         if store:
             store.finish(made)
     if args.prune is None:
-        print(summary(full_score(exam, records), opened, settings["split"]))
+        print(summary(full_score(exam, records), opened, settings["split"], stdout_width()))
         wrong_yes = made["rows"][0]["wrong_yes"]
         if wrong_yes is not None:
             print(f"wrong yes  {wrong_yes:6.1%} of questions whether something is there that is not")

@@ -2,10 +2,10 @@
 import argparse
 
 from answers import Ask, as_json, say_cost, say_model, write_json
+from arguments import Parser
 from model.answer import EncodedImages
 from program import write
 from pruning import Pruner
-from terminal import Parser
 from weights.guard import Guard
 from weights.messages import quoted
 from weights.policy import Policy

@@ -1,82 +1,22 @@
-"""What is shown on a terminal: two pages of help, laid out for its width, and the progress of long work."""
-import argparse
+"""What is shown on a terminal: text and tables that fit its width, and the progress of long work."""
 import os
-import shlex
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from threading import Event, Lock, Thread
 from typing import TextIO
 
-from program import fail, write
+from program import say
 
 LEAST_WIDTH = 30            # a narrower terminal breaks the lines itself
-WIDEST_NAME = 22            # columns of an option's name; the help of a longer one begins below it
 PATIENCE = 1.0              # seconds of work before its progress is shown
 INTERVAL = 0.2              # seconds between two looks at how far it is
 INTERVAL_IN_FILE = 60.0     # the same where every look adds a line
 THE_LINE = Lock()           # a terminal has one line for progress: whoever holds this may write there
 
-# ----- help
-
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with errors of one line and two pages of help.
-
-    `add_argument` is for the options that most people need; `add_rare`, with the same arguments, is for those
-    that only --help-all shows. `section(title)` begins a part of --help-all.
-    """
-
-    def __init__(self, prog: str, description: str = "", usage: str = "[options]",
-                 examples: Sequence[str] = ()):
-        """`usage` is what follows the program's name; the examples are commands."""
-        super().__init__(prog=prog, description=description, usage=f"{prog} {usage}", add_help=False)
-        self.examples = examples
-        self.sections: list[tuple[str, list[argparse.Action]]] = [("options", [])]
-        self.rare: list[argparse.Action] = []
-        add = super().add_argument
-        self.about_help = [add("-h", "--help", action="help", help="show the options that most people need"),
-                           add("--help-all", action=ShowAll, nargs=0, help="show all options")]
-
-    def section(self, title: str):
-        """Options that are added from here on stand under this title in --help-all."""
-        self.sections.append((title, []))
-
-    def add_argument(self, *names: str, **settings) -> argparse.Action:
-        action = super().add_argument(*names, **settings)
-        self.sections[-1][1].append(action)
-        return action
-
-    def add_rare(self, *names: str, **settings) -> argparse.Action:
-        action = self.add_argument(*names, **settings)
-        self.rare.append(action)
-        return action
-
-    def format_help(self) -> str:
-        common = [action for _, actions in self.sections for action in actions if action not in self.rare]
-        end = "--help-all shows all options." if self.rare else ""
-        return help_page(self.usage, self.description, [("", common)], self.examples, end)
-
-    def format_help_all(self) -> str:
-        sections = [*self.sections, ("help", self.about_help)]
-        return help_page(self.usage, self.description, sections, self.examples)
-
-    def print_help(self, file: TextIO | None = None):
-        """On stdout; argparse would swallow an error."""
-        write(self.format_help())
-
-    def error(self, message: str):
-        fail(message)
-
-
-class ShowAll(argparse.Action):
-    """What --help-all does."""
-
-    def __call__(self, parser: Parser, *_):
-        write(parser.format_help_all())
-        parser.exit()
+# ----- text and tables
 
 
 def width() -> int:
@@ -84,42 +24,9 @@ def width() -> int:
     return max(LEAST_WIDTH, shutil.get_terminal_size().columns)
 
 
-def help_page(usage: str, description: str, sections: Iterable[tuple[str, Sequence[argparse.Action]]],
-              examples: Sequence[str], end: str = "") -> str:
-    """A page of help. Sections are titles and their options; a title may be empty."""
-    columns = width()
-    sections = [(title, actions) for title, actions in sections if actions]
-    names = [len(name_of(action)) for _, actions in sections for action in actions]
-    widest = min(max(names, default=0), WIDEST_NAME, columns * 2 // 5)
-    parts = [wrapped(f"usage: {usage}", columns, "    ") + wrapped(description, columns)]
-    for title, actions in sections:
-        lines = [f"{title}:"] if title else []
-        for action in actions:
-            lines += option_lines(action, widest, columns)
-        parts.append(lines)
-    if examples:
-        parts.append(["examples:"] + [line for text in examples for line in command_lines(text, columns)])
-    text = "\n\n".join("\n".join(lines) for lines in parts)
-    return "\n".join([text, *wrapped(end, columns)]) + "\n"
-
-
-def name_of(action: argparse.Action) -> str:
-    """An option and what it takes: "--keep R"."""
-    value = action.metavar or (action.dest.upper() if action.choices is None else "|".join(action.choices))
-    if not action.option_strings:
-        return value
-    return ", ".join(action.option_strings) + ("" if action.nargs == 0 else f" {value}")
-
-
-def option_lines(action: argparse.Action, widest: int, columns: int) -> list[str]:
-    """An option and its help, in two columns."""
-    name = name_of(action)
-    left = " " * (widest + 4)
-    lines = wrapped(action.help or "", columns - len(left))
-    lines = [(left + line).rstrip() for line in lines]
-    if len(name) > widest or not lines:
-        return [f"  {name}", *lines]
-    return [f"  {name:{widest}}  {lines[0][len(left):]}", *lines[1:]]
+def stdout_width() -> int | None:
+    """Columns of stdout; None if it is no terminal, and lines may be as long as they are."""
+    return width() if sys.stdout is not None and sys.stdout.isatty() else None
 
 
 def wrapped(text: str, columns: int, indent: str = "") -> list[str]:
@@ -128,18 +35,69 @@ def wrapped(text: str, columns: int, indent: str = "") -> list[str]:
                          break_on_hyphens=False)
 
 
-def command_lines(command: str, columns: int) -> list[str]:
-    """A command as it can be typed: a long one goes on after a backslash, never within quotes."""
-    words = shlex.shlex(command, posix=False, punctuation_chars=False)
-    words.whitespace_split = True
-    lines = []
-    line = " "
-    for word in words:
-        if line.strip() and len(f"{line} {word} \\") > columns:
-            lines.append(f"{line} \\")
-            line = "     "
-        line += f" {word}"
-    return [*lines, line]
+def say_wrapped(text: str):
+    """On stderr; on a terminal in lines that fit."""
+    lines = wrapped(text, columns_of(sys.stderr), "    ") if is_terminal(sys.stderr) else [text]
+    say("\n".join(lines))
+
+
+def fitted(table: list[list[str]], columns: int | None, repeated: int, gap: int) -> list[list[list[str]]]:
+    """A table, or where it is wider than so many columns several that stand below each other.
+
+    The first line is the head. Cells have `gap` spaces between them. If that is too wide, words of the head
+    stand below each other; if that is not enough, the first `repeated` columns begin each of the tables.
+    """
+    if fits(table, columns, gap):
+        return [table]
+    table = with_high_head(table)
+    widths = widths_of(table)
+    blocks = [list(range(repeated))]
+    for i in range(repeated, len(widths)):
+        wide = sum(widths[j] + gap for j in blocks[-1]) + widths[i]
+        if wide > columns and len(blocks[-1]) > repeated:
+            blocks.append(list(range(repeated)))
+        blocks[-1].append(i)
+    return [[cells for line in table if any(cells := [line[i] for i in block])] for block in blocks]
+
+
+def fits(table: list[list[str]], columns: int | None, gap: int) -> bool:
+    """Whether its lines are not longer than so many columns."""
+    return columns is None or sum(widths_of(table)) + gap * (len(table[0]) - 1) <= columns
+
+
+def with_high_head(table: list[list[str]]) -> list[list[str]]:
+    """With a head of as many lines as its longest words allow, the last words in the last one."""
+    head, *body = table
+    cells = []
+    for name, width in zip(head, widths_of(body), strict=True):
+        cells.append(wrapped(name, max([width, *map(len, name.split())])))
+    high = max(map(len, cells))
+    lines = [[""] * (high - len(cell)) + cell for cell in cells]
+    return [list(line) for line in zip(*lines, strict=True)] + body
+
+
+def widths_of(table: list[list[str]]) -> list[int]:
+    """Of each column."""
+    return [max(map(len, column)) for column in zip(*table, strict=True)]
+
+
+def milliseconds(ms: float, sign: str = "") -> str:
+    """As people read them: 3 digits or whole ones, never an exponent."""
+    return f"{ms:{sign}.3g} ms" if abs(ms) < 999.5 else f"{ms:{sign}.0f} ms"
+
+
+def took(ms: float) -> str:
+    """A time in whole milliseconds; in seconds where it is long."""
+    return f"{ms:.0f} ms" if ms < 9999.5 else f"{ms / 1000:.1f} s"
+
+
+def size(count: float) -> str:
+    """Bytes as people read them: 3 digits and a unit."""
+    for unit in "B", "kB", "MB", "GB":
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB" if count < 999.5 else f"{count:.0f} TB"
 
 
 # ----- progress

@@ -1,4 +1,4 @@
-"""For people: the figures of `benchmark.py --json` as text tables, and benchmarks/README.md.
+"""For people: the figures of `benchmark.py --json` as tables, and benchmarks/README.md.
 
 A line is one row of the JSON: milliseconds, or bytes in memory. `theirs / ours` above 1 is in our favour; `of
 ceiling` is the share reached of the highest figure that was measured on this machine. Below a table are the
@@ -6,7 +6,7 @@ figures that belong to several of its lines. The page is made from the JSON file
 """
 from pathlib import Path
 
-from answers import size
+from terminal import milliseconds, size
 from weights.files import read_json, replacing
 
 HEAD = ["part", "tiles", "batch", "method", "ours", "time or size", "theirs", "how", "theirs / ours",
@@ -21,12 +21,6 @@ SUMMARY = {"encode, 1 tile": ("encode", 1), "2 tiles": ("encode", 2), "4 tiles":
            "peak memory, 4 tiles": ("peak_memory", 4), "image KV, 1 tile": ("image_kv", 1)}
 
 Table = list[list[str]]
-
-
-def text(made: dict) -> str:
-    """Everything, as aligned plain text."""
-    tables = ["\n".join(aligned(table)) + "\n" for table in all_tables(made)]
-    return "\n".join(tables + notes(made))
 
 
 def all_tables(made: dict) -> list[Table]:
@@ -167,17 +161,8 @@ def first_calls(made: dict) -> dict[str, float]:
     return longest
 
 
-def aligned(table: Table) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in table]
-
-
 def dash(value: object, show=str) -> str:
     return "-" if value is None else show(value)
-
-
-def milliseconds(ms: float, sign: str = "") -> str:
-    return f"{ms:{sign}.3g} ms" if abs(ms) < 1000 else f"{ms:{sign}.0f} ms"
 
 
 # ----- benchmarks/README.md

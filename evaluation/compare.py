@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cli import Parser, labelled
-from evaluation.plot import aligned, percent
+from evaluation.plot import blocks, in_columns, percent
 from evaluation.records import are_comparable
 from evaluation.scoring import paired_bootstrap
 from evaluation.store import MOST_BYTES
 from program import write
+from terminal import stdout_width
 from weights.files import read_json
 from weights.messages import named, quoted
 
@@ -42,7 +43,7 @@ def arguments() -> argparse.Namespace:
 
 
 def command(args: argparse.Namespace):
-    write(comparison(read_rows(args.files), args.method))
+    write(comparison(read_rows(args.files), args.method, stdout_width()))
 
 
 def read_rows(paths: Sequence[Path]) -> list[dict]:
@@ -66,32 +67,33 @@ def read_rows(paths: Sequence[Path]) -> list[dict]:
     return list(rows.values())
 
 
-def comparison(rows: list[dict], method: str) -> str:
+def comparison(rows: list[dict], method: str, columns: int | None = None) -> str:
     """A table for each row of a method, which is a name or a label: all others at the same `keep`, and the
-    full model, the most accurate first. Raises ValueError if there is no such row."""
+    full model, the most accurate first; in so many columns. Raises ValueError if there is no such row."""
     labels = [label for label, _ in labelled([(row["method"], row["options"]) for row in rows])]
     pairs = list(zip(labels, rows, strict=True))
     chosen = [(label, row) for label, row in pairs if method in (label, row["method"])]
     if not chosen:
         raise ValueError(f"--method {quoted(method)}: choose one of {', '.join(dict.fromkeys(labels))}")
-    blocks = []
+    tables = []
     for label, row in chosen:
         others = [(other_label, other) for other_label, other in pairs if other is not row and (
             other["method"] == "none" or json.dumps(other["keep"]) == json.dumps(row["keep"]))]
         others.sort(key=lambda pair: -pair[1]["accuracy"])
-        blocks.append(f"{label}, keep {row['keep']}: {percent(row['kept'])}% kept, accuracy "
-                      f"{percent(row['accuracy'])}; {label} minus\n{against(row, others)}")
-    return "\n".join(blocks) + f"{MARK} the interval does not hold 0\n"
+        title = (f"{label}, keep {row['keep']}: {percent(row['kept'])}% kept, accuracy "
+                 f"{percent(row['accuracy'])}; {label} minus")
+        tables.append(f"{in_columns([title], columns)}\n{against(row, others, columns)}")
+    return "\n".join(tables) + f"{MARK} the interval does not hold 0\n"
 
 
-def against(row: dict, others: list[tuple[str, dict]]) -> str:
+def against(row: dict, others: list[tuple[str, dict]], columns: int | None) -> str:
     """A line for each of the others: accuracy of the row minus its own, and the interval of that."""
     lines = [HEAD]
     for label, other in others:
         difference, low, high = paired_bootstrap(row["right"].split(), other["right"].split())
         lines.append([label, percent(other["kept"]) + "%", percent(other["accuracy"]), points(difference),
                       f"[{points(low)}, {points(high)}]", MARK if low > 0 or high < 0 else " "])
-    return "".join(line.rstrip() + "\n" for line in aligned(lines))
+    return "".join(line.rstrip() + "\n" for line in blocks(lines, columns, repeated=1))
 
 
 def points(share: float) -> str:

@@ -3,11 +3,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from answers import size
 from cli import check_output, labelled
 from evaluation.scoring import Score
 from scenes.draw import RATIOS
 from scenes.questions import KINDS
+from terminal import fitted, milliseconds, size, took, wrapped
 
 SUFFIXES = ".png", ".svg", ".pdf"
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p"
@@ -20,15 +20,25 @@ LEAST_WRONG = 0.25                  # per cent
 LEAST_KEPT = 0.001
 
 
-def summary(score: Score, gates: list[tuple[float, float]], split: str = "test") -> str:
-    """The full model: right answers by kind and by tile ratio, and its gates."""
+def summary(score: Score, gates: list[tuple[float, float]], split: str = "test",
+            columns: int | None = None) -> str:
+    """The full model: right answers by kind and by tile ratio, and its gates; in so many columns."""
     kinds = [kind for kind in KINDS if score.asked[kind]]
     lines = [f"{kind:10} {score.share(kind):6.1%} of {score.asked[kind]}" for kind in kinds]
-    ratios = [f"{rows}x{columns} {score.share((rows, columns)):.1%}" for rows, columns in RATIOS]
+    ratios = [f"{down}x{across} {score.share((down, across)):.1%}" for down, across in RATIOS
+              if score.asked[down, across]]
     lines.append(f"{'mean':10} {score.mean():6.1%} over kinds, {score.share('all'):.1%} of all "
                  f"{score.asked['all']}{about(split)}")
     lines.append("tiles      " + ", ".join(ratios))
     lines.append("gates      " + ", ".join(f"{attention:.2f}/{mlp:.2f}" for attention, mlp in gates))
+    return in_columns(lines, columns, " " * 11)
+
+
+def in_columns(lines: list[str], columns: int | None, indent: str = "") -> str:
+    """Lines of text as one, those that are too long broken between words."""
+    if columns is not None:
+        lines = [part for line in lines
+                 for part in ([line] if len(line) <= columns else wrapped(line, columns, indent))]
     return "\n".join(lines)
 
 
@@ -37,21 +47,24 @@ def about(split: str) -> str:
     return "" if split == "test" else f" about {split} scenes"
 
 
-def table(made: dict) -> str:
+def table(made: dict, columns: int | None = None) -> str:
     """The rows as aligned text; below them the options that labels do not tell, and how alike the layers are.
 
-    Shares in per cent, image KV read for one question, milliseconds of prefill and of one decode step.
+    Shares in per cent, image KV read for one question, milliseconds of prefill and of one decode step. With
+    `columns`, of a terminal, it is as many tables as it takes to fit.
     """
     short = [kind if len(kind) < 6 else kind[:4] + "." for kind in KINDS]
-    lines = [["method", "keep", "kept", "accuracy", *short, "wrong yes", "image KV", "prefill", "decode"]]
+    lines = [["method", "keep", "kept", "accuracy", "wrong yes", "image KV", "prefill", "decode", *short]]
     labels = labelled([(row["method"], row["options"]) for row in made["rows"]])
     for (label, _), row in zip(labels, made["rows"], strict=True):
         band = f"{percent(row['accuracy'])} [{percent(row['low'])}, {percent(row['high'])}]"
         lines.append([label, str(row["keep"]), percent(row["kept"]) + "%", band,
-                      *(percent(row["accuracy_by_kind"][kind]) for kind in KINDS), percent(row["wrong_yes"]),
-                      size(row["image_kv_bytes"]), f"{row['prefill_ms']:.3g} ms",
-                      f"{row['decode_ms']:.3g} ms"])
-    text = aligned(lines)
+                      percent(row["wrong_yes"]), size(row["image_kv_bytes"]),
+                      *(milliseconds(ms) if ms < 999.5 else took(ms)
+                        for ms in (row["prefill_ms"], row["decode_ms"])),
+                      *(percent(row["accuracy_by_kind"][kind]) for kind in KINDS)])
+    rows = blocks(lines, columns, repeated=2)
+    text = []
     common = {row["method"]: options for (_, options), row in zip(labels, made["rows"], strict=True)}
     for method, chosen in common.items():
         if chosen:
@@ -63,7 +76,13 @@ def table(made: dict) -> str:
     if cosine is not None:
         text.append(f"attention maps of two layers, full model: cosine {cosine:.2f}, "
                     f"{overlap:.0%} of the top 10 % of tokens shared")
-    return "\n".join(text)
+    return "\n".join([*rows, in_columns(text, columns)]).rstrip("\n")
+
+
+def blocks(lines: list[list[str]], columns: int | None, repeated: int) -> list[str]:
+    """The lines of a table; one that is too wide goes on below an empty line, with its first columns."""
+    first, *others = [aligned(part) for part in fitted(lines, columns, repeated, gap=1)]
+    return first + [line for part in others for line in ["", *part]]
 
 
 def aligned(lines: list[list[str]]) -> list[str]:

@@ -19,11 +19,13 @@ every_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.rela
 
 # What each room may import; the training scripts in scenes/ are programs too.
 LIBRARY = {"model", "weights", "pruning"}
-SHARED = LIBRARY | {"program", "terminal", "cli", "answers", "chat"}
+SHARED = LIBRARY | {"program", "terminal", "arguments", "cli", "answers", "chat"}
 ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY,
-           "program": {"weights"}, "terminal": {"program"}, "cli": LIBRARY | {"program", "terminal"},
-           "answers": LIBRARY | {"program", "cli"}, "chat": LIBRARY | {"program", "cli", "answers"},
-           "judge": LIBRARY | {"program", "terminal", "answers"},
+           "program": {"weights"}, "terminal": {"program"}, "arguments": {"program", "terminal"},
+           "cli": LIBRARY | {"program", "terminal", "arguments"},
+           "answers": LIBRARY | {"program", "terminal", "cli"},
+           "chat": LIBRARY | {"program", "cli", "answers"},
+           "judge": LIBRARY | {"program", "arguments", "answers"},
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
            "benchmarks": SHARED | {"scenes", "benchmarks"}}
