@@ -199,6 +199,8 @@ def check_together(args: argparse.Namespace):
         raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
     if args.model is None and args.adapter:
         raise ValueError("--adapter is merged into a model with weights: give --model")
+    if args.quantize:
+        raise ValueError("--quantize is of generate.py and evaluate.py: leave it out")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
     others = args.preset or args.waterfall or args.prune or args.against or args.plot

@@ -22,6 +22,7 @@ from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
 from weights.messages import named, quoted, reason
+from weights.quantize import weights_words
 from weights.wide import wide_words
 
 # ----- arguments
@@ -37,21 +38,23 @@ def add_model_options(parser: Parser, default: str | None = "tiny"):
                     help="merge a LoRA adapter into it, a folder or hub id; several in their order")
     parser.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, or several: cuda:0,cuda:1")
     parser.add_argument("--dtype", metavar="T", help="bf16, fp16, fp32; default: the checkpoint's own")
+    parser.add_argument("--quantize", metavar="Q",
+                        help="fewer bits: int8 or int4; with +tower also the tower")
     parser.add_rare("--offload", action="store_true", help="leave what a GPU cannot hold in the CPU's memory")
 
 
 def model_options(args: argparse.Namespace) -> dict[str, object]:
     """What `add_model_options` has read, without the model itself, as arguments of Assistant."""
     return {"progress": Progress, "device": args.device, "dtype": args.dtype, "revision": args.revision,
-            "adapters": args.adapter, "offload": args.offload}
+            "adapters": args.adapter, "offload": args.offload, "quantize": args.quantize}
 
 
 def say_how(model: LlamaVision, args: argparse.Namespace, adapters: list[str | Path]):
     """On stderr, what a model does otherwise on this machine, and which adapters name another base than it:
     that may be a copy of this one, or not."""
-    words = wide_words(model)
-    if words is not None:
-        say(words)
+    for words in weights_words(model), wide_words(model):
+        if words is not None:
+            say(words)
     for adapter, base in zip(args.adapter, said_bases(adapters), strict=True):
         if base not in (None, args.model):
             say(f"adapter {named(adapter)} merged into {named(args.model)}; it says that it was trained on "

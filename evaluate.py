@@ -214,12 +214,13 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     """Everything that the answers depend on: results of other settings are never taken for these."""
     names = [] if args.prune is None else [name for name, _ in parse_variants(args.prune)]
     files = [name.rpartition(":")[0] for name in names if ":" in name]
-    revision = {} if args.revision is None else {"revision": args.revision}
+    given = {name: value for name, value in (("revision", args.revision), ("quantize", args.quantize))
+             if value is not None}
     folders = find_adapters(args.adapter)
     merged = [[adapter, fingerprint(folder, ADAPTER)]
               for adapter, folder in zip(args.adapter, folders, strict=True) if folder != NONE]
     adapters = {"adapters": merged} if merged else {}
-    return {"split": SPLITS[args.split], **revision,
+    return {"split": SPLITS[args.split], **given,
             "model": args.model, **adapters,
             "weights": fingerprint(find_checkpoint(args.model, args.revision, folders)),
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,

@@ -60,6 +60,7 @@ from weights.messages import named
 from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
+from weights.quantize import check_quantize
 from weights.stop_texts import StopTexts, check_stops
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
@@ -118,10 +119,11 @@ class Assistant:
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
                  revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = (),
-                 offload: bool = False, progress: Progress = silent):
+                 offload: bool = False, quantize: str | None = None, progress: Progress = silent):
         began = time.perf_counter()
-        self.devices = parse_devices(device)    # both before a download that may take an hour
+        self.devices = parse_devices(device)    # all before a download that may take an hour
         dtype = parse_dtype(dtype)
+        check_quantize(quantize, self.devices[0], dtype)
         if compile and (offload or len(self.devices) > 1):
             raise ValueError("the decode step can only be compiled where all weights are on one device: "
                              "leave out compiling, offloading or the other devices")
@@ -132,7 +134,7 @@ class Assistant:
         self.peak = PeakMemory()
         with self.peak:
             self.model = load_model(folder, device, dtype, adapters=self.adapters, offload=offload,
-                                    progress=progress)
+                                    quantize=quantize, progress=progress)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(self.adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode

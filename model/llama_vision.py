@@ -161,7 +161,7 @@ class LlamaVision(nn.Module):
     # ----- what it costs
 
     def parameter_counts(self) -> dict[str, int]:
-        """Parameters by part; their sum is all of them."""
+        """Parameters by part; their sum is all of them. Weights in 8 or 4 bits are none."""
         decoder = self.language_model
         parts = {"vision": self.vision_model, "projector": self.multi_modal_projector,
                  "embedding": decoder.embed_tokens, "lm_head": self.lm_head, "norm": decoder.norm}

@@ -39,6 +39,13 @@ class Merged(Stored):
     def dtype(self) -> torch.dtype | None:
         return self.kind
 
+    @property
+    def layer(self) -> type | None:
+        return self.base.layer
+
+    def forget(self):
+        self.base.forget()
+
     def read(self) -> Tensor:
         base = self.base.read()
         merged = torch.empty(self.shape, dtype=self.asked or self.kind)

@@ -14,7 +14,8 @@ from weights.hub import WANTED, foreign_format
 from weights.messages import named, quoted, some
 from weights.names import is_parameter, is_unmerged, model_name
 from weights.prequantized import dequantized
-from weights.safetensors_file import INDEX, SINGLE, Shard
+from weights.rounded import is_scale, rounded
+from weights.safetensors_file import INDEX, QUANTIZED, SINGLE, Shard
 from weights.stored import Stored
 
 PLAIN_NAME = re.compile(r"[^/\\]+\.safetensors")
@@ -45,13 +46,15 @@ def _tensors(folder: Path) -> Iterator[Stored]:
                 raise ValueError(f"{named(shard.path)}: tensor {quoted(name)} is of a PEFT model that was "
                                  "saved before its adapter was merged: save it after merge_and_unload(), or "
                                  "save the adapter alone and give it with --adapter")
-            yield Stored(shard, name)
+            if not is_scale(shard, name):
+                yield rounded(shard, name) or Stored(shard, name)
 
 
 def _open_shards(folder: Path) -> list[Shard]:
     """Every file of the checkpoint, memory-mapped; headers and sizes are valid, and the index agrees."""
-    if exists(folder / SINGLE):
-        return [Shard(folder / SINGLE)]
+    for single in SINGLE, QUANTIZED:
+        if exists(folder / single):
+            return [Shard(folder / single)]
     if not exists(folder / INDEX):
         foreign = foreign_format(folder)
         remedy = "download the checkpoint again" if foreign is None else f"it holds {foreign}; {WANTED}"

@@ -57,6 +57,11 @@ class Placement:
             return torch.device("cpu")
         return self.layers[layer]
 
+    def works_on(self, name: str) -> torch.device:
+        """Where the product with a weight is computed, for which some kernels pack it."""
+        device = self.device_of(name)
+        return device if device.type == self.devices[0].type else self.devices[0]
+
     def connect(self, model: LlamaVision):
         """Let a model whose weights have been read work where they are; inference only, if they are in
         several places."""

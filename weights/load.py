@@ -29,6 +29,8 @@ from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.progress import Progress, gigabytes, silent
+from weights.quantize import check_quantize, fill, quantized_layers
+from weights.quantized_linear import Int8Linear, QuantizedLinear
 from weights.safetensors_file import STORED
 from weights.stored import Stored
 from weights.wide import is_slow, widen
@@ -37,18 +39,20 @@ from weights.wide import is_slow, widen
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
                dtype: str | torch.dtype | None = None, revision: str | None = None,
                adapters: Sequence[str | Path] = (), offload: bool = False,
-               progress: Progress = silent) -> LlamaVision:
+               quantize: str | None = None, progress: Progress = silent) -> LlamaVision:
     """The model of a checkpoint ('tiny', a folder or a hub id) in eval mode, ready to run or to fine-tune.
 
     dtype None is the checkpoint's own; where it mixes several, the one that most weights have. LoRA adapters
     (folders or hub ids) are merged in their order; 'none' is for weights that have merged one already.
     Parameters require gradients as in any nn.Module, unless weights are in several places: several devices
     "cuda:0,cuda:1" share the decoder's layers, and with `offload` what does not fit on a GPU stays in the
-    CPU's memory. Raises ValueError with one line for whatever is wrong with the arguments or the files, and
-    where memory does not suffice.
+    CPU's memory; or unless linear layers have 8 or 4 bits, because `quantize` asks for it (one of
+    `weights.quantize.WAYS`) or the checkpoint stores them so. Raises ValueError with one line for whatever is
+    wrong with the arguments or the files, and where memory does not suffice.
     """
     devices = parse_devices(device)                     # before a download that may take an hour
     dtype = parse_dtype(dtype)
+    check_quantize(quantize, devices[0], dtype)
     adapters = find_adapters(adapters)
     folder = find_checkpoint(source, revision, adapters)
     found = open_checkpoint(folder)
@@ -65,15 +69,19 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
     dtype = own_dtype if dtype is None else dtype
+    layers = quantized_layers(model, found, quantize, devices[0], dtype)
     if is_slow(dtype, devices[0]):
         widen(model)
     placement = Placement(model, devices, dtype, offload)
-    state = _read(found, placement, dtype, folder, progress)
+    state = _read(found, layers, placement, dtype, folder, progress)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
-        state[HEAD] = state[EMBEDDING][:config.text.vocab_size]
+        tie(state, layers, config.text.vocab_size)
+    for name, layer in layers.items():
+        state |= layer.named_buffers(name.removesuffix(".weight"))
     model.load_state_dict(state, assign=True)
+    model.eval().requires_grad_(not layers)
     placement.connect(model)
-    return model.eval()
+    return model
 
 
 def _without_weights(config: Config, folder: Path) -> LlamaVision:
@@ -94,9 +102,10 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(found: dict[str, Stored], placement: Placement, dtype: torch.dtype, folder: Path,
-          progress: Progress) -> dict[str, Tensor]:
-    """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each."""
+def _read(found: dict[str, Stored], layers: dict[str, QuantizedLinear], placement: Placement,
+          dtype: torch.dtype, folder: Path, progress: Progress) -> dict[str, Tensor]:
+    """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each.
+    Those of quantised layers are filled in there."""
     sizes = [math.prod(stored.shape) * stored.dtype.itemsize for stored in found.values()]
     done = 0
     state = {}
@@ -104,13 +113,25 @@ def _read(found: dict[str, Stored], placement: Placement, dtype: torch.dtype, fo
         with progress("loading", gigabytes) as report:
             for (name, stored), size in zip(found.items(), sizes, strict=True):
                 device = placement.device_of(name)
-                state[name] = stored.read().to(device, dtype)
+                if name in layers:
+                    fill(layers[name], stored, placement.works_on(name), device, dtype)
+                else:
+                    state[name] = stored.read().to(device, dtype)
                 done += size
                 report(done, sum(sizes))
     except (RuntimeError, TypeError, MemoryError) as error:     # most often: not enough memory
         raise ValueError(f"{named(folder)}: the weights cannot be put on {device} as {dtype} "
                          f"({one_line(error, 200)}); choose a smaller dtype or another device") from None
     return state
+
+
+def tie(state: dict[str, Tensor], layers: dict[str, QuantizedLinear], vocabulary: int):
+    """Give the head the first rows of the embedding: the same memory, or a copy in 8 bits."""
+    rows = state[EMBEDDING][:vocabulary]
+    if HEAD in layers:
+        layers[HEAD].fill(Int8Linear.rounded(rows, rows.dtype), rows.device, rows.dtype)
+    else:
+        state[HEAD] = rows
 
 
 def _check_names(folder: Path, wanted: dict[str, list[int]], found: dict[str, Stored]):

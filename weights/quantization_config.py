@@ -6,6 +6,7 @@ NAMES = {                       # quant_method in config.json: what people call 
     "modelopt": "NVIDIA ModelOpt", "fp8": "FP8 in blocks", "fbgemm_fp8": "FBGEMM FP8", "mxfp4": "MXFP4",
     "aqlm": "AQLM", "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS", "spqr": "SpQR", "vptq": "VPTQ",
     "bitnet": "BitNet", "torchao": "torchao", "hqq": "HQQ", "intel/auto-round": "AutoRound", "exl2": "EXL2"}
+OWN_METHOD = "trimmed-llama"      # of folders that `python -m weights.quantize` writes
 READ = "bitsandbytes", "compressed-tensors"
 COMPRESSED = ("naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mixed-precision",
               "dense")
@@ -35,7 +36,7 @@ def _refuse_details(details: object, usual: str | None):
     method = details.get("quant_method", usual)
     if method is None and (details.get("load_in_4bit") or details.get("load_in_8bit")):
         method = "bitsandbytes"                         # before transformers 4.33
-    if method not in READ:
+    if method not in (OWN_METHOD, *READ):
         name = NAMES.get(method, method) if isinstance(method, str) else method
         raise ValueError(quantized(name or "by an unnamed method"))
     if method == "compressed-tensors":

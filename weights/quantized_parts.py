@@ -67,6 +67,10 @@ class Quantized(Stored):
             result[start:stop] = self.rows(start, stop)
         return result
 
+    def forget(self):
+        for part in self.parts.values():
+            part.forget()
+
     # ---- checked parts
 
     def header(self, part: str, kinds: tuple[str, ...]) -> list[int]:

@@ -21,6 +21,7 @@ from weights.files import open_regular, regular_file, replacing, unreadable
 from weights.messages import named, one_line, quoted, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+QUANTIZED = "quantized.safetensors"     # by another name, or transformers would take int8 codes for weights
 STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 PACKED = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.int64,
           "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}          # of quantized weights
@@ -42,7 +43,7 @@ class Shard:
         self.path = path
         self.entries, self.start, size = _header(path)
         try:
-            self.storage = mapped(path, size)
+            self.pages, self.storage = mapped(path, size)
         except (OSError, ValueError) as error:          # an address space with a limit; a file that shrinks
             why = reason(error) if isinstance(error, OSError) else one_line(error)
             raise ValueError(f"{named(path)}: cannot be mapped into memory ({why}); let the process have "
@@ -57,14 +58,23 @@ class Shard:
         flat = torch.empty(0, dtype=dtype, device="cpu").set_(self.storage[start:stop])
         return flat.view(entry["shape"])
 
+    def forget(self, name: str):
+        """Let the system have back the pages of a tensor that was read; the next use reads them again. What
+        was written to these pages is lost."""
+        start, stop = (self.start + offset for offset in self.entries[name]["data_offsets"])
+        start -= start % mmap.PAGESIZE
+        if hasattr(self.pages, "madvise") and stop > start:             # Windows has none
+            self.pages.madvise(mmap.MADV_DONTNEED, start, stop - start)
+
 
 # ----- reading
 
 # The library's `safe_open` checks a header, too, but it maps the file in its own way: it reserves the memory.
 
 
-def mapped(path: Path, size: int) -> torch.UntypedStorage:
-    """The bytes of a file; whoever writes to them writes to a private copy of a page, never to the file.
+def mapped(path: Path, size: int) -> tuple[mmap.mmap, torch.UntypedStorage]:
+    """The bytes of a file, twice the same; whoever writes to them writes to a private copy of a page, never
+    to the file.
 
     Such a mapping counts as memory that may be written whole, and Linux refuses one that is larger than what
     is free. NO_RESERVE says that it will not be. Raises OSError or ValueError as `mmap` does.
@@ -74,7 +84,7 @@ def mapped(path: Path, size: int) -> torch.UntypedStorage:
             pages = mmap.mmap(file.fileno(), size, flags=mmap.MAP_PRIVATE | NO_RESERVE)
         else:
             pages = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)     # reserves nothing
-    return torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()         # which keeps `pages` alive
+    return pages, torch.frombuffer(pages, dtype=torch.uint8).untyped_storage()
 
 
 def _header(path: Path) -> tuple[dict[str, dict], int, int]:

@@ -6,11 +6,16 @@ from torch import Tensor
 
 from model.llama_vision import LlamaVision
 from weights.names import EMBEDDING, HEAD, official_name
+from weights.quantized_linear import QuantizedLinear
 from weights.safetensors_file import SINGLE, write_tensors
 
 
 def official_state_dict(model: LlamaVision) -> dict[str, Tensor]:
-    """The model's parameters under official names; no copies."""
+    """The model's parameters under official names; no copies. Raises ValueError for a quantised model, whose
+    layers hold something else than parameters."""
+    if any(isinstance(module, QuantizedLinear) for module in model.modules()):
+        raise ValueError("the model is quantised, and its weights in full are gone: load it without quantize,"
+                         " or write it quantised with `python -m weights.quantize MODEL OUT`")
     return {official_name(name): tensor for name, tensor in model.state_dict().items()}
 
 

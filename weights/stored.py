@@ -12,6 +12,7 @@ class Stored:
     """A parameter that is one tensor of a file."""
     shard: Shard
     name: str                                   # in the file
+    layer = None                                # what a weight in 8 or 4 bits is for: a QuantizedLinear class
 
     @property
     def shape(self) -> list[int]:
@@ -31,3 +32,7 @@ class Stored:
         """The parameter on the CPU: a view of the mapped file, or a copy where kernels need its alignment."""
         tensor = self.shard.view(self.name)
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
+
+    def forget(self):
+        """The pages of the file that were read are no longer needed."""
+        self.shard.forget(self.name)

@@ -202,3 +202,15 @@ def test_float64_agrees_more_closely():
         torch.testing.assert_close(logits[row, :len(case.ids)], case.logits, **FP64)
         _, alone = continue_with_cache(model, [case.ids], single, steps=4)
         torch.testing.assert_close(batched[row], alone[0], **FP64)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("way, most", [("int8", 0.03), ("int4", 0.4)])
+def test_quantised_weights_stay_near(way, most, dtype):
+    """Random weights are the worst case: the logits of trained ones move less."""
+    model = load_model(GOLDEN, dtype=dtype, quantize=way)
+    far = []
+    for case in CASES.values():
+        logits = model(case.ids[None], [case.tiles])[0]
+        far.append(((logits - case.logits).norm() / case.logits.norm()).item())
+    assert 1e-3 < max(far) <= most
