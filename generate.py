@@ -219,7 +219,7 @@ def arguments() -> argparse.Namespace:
     add_model_options(parser)
     parser.section("what is asked")
     add("--image", action="append", default=[], metavar="PATH",
-        help="an image: a path, URL, or - for stdin; several go into one prompt")
+        help="an image: path, URL or - (stdin); several go in one prompt")
     add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
     add("--system", metavar="TEXT", help="a system message")
     rare("--date", metavar="TEXT", help="today's date, for chat templates that write it")
