@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from weights.files import exists, read_json
+from weights.files import again, exists, read_json
 from weights.hub import WANTED, foreign_format
 from weights.messages import named, quoted, some
 from weights.names import is_parameter, is_unmerged, model_name
@@ -32,8 +32,8 @@ def open_checkpoint(folder: Path) -> dict[str, Stored]:
         if name in found:
             other = found[name]
             raise ValueError(f"{named(stored.shard.path)}: tensor {quoted(stored.name)} occurs twice, also "
-                             f"as {quoted(other.name)} in {named(other.shard.path.name)}; download the "
-                             "checkpoint again")
+                             f"as {quoted(other.name)} in {named(other.shard.path.name)}; "
+                             f"{again(stored.shard.path.parent)}")
         found[name] = stored
     return found
 
@@ -57,14 +57,14 @@ def _open_shards(folder: Path) -> list[Shard]:
             return [Shard(folder / single)]
     if not exists(folder / INDEX):
         foreign = foreign_format(folder)
-        remedy = "download the checkpoint again" if foreign is None else f"it holds {foreign}; {WANTED}"
+        remedy = again(folder) if foreign is None else f"it holds {foreign}; {WANTED}"
         raise ValueError(f"{named(folder)}: no {SINGLE} and no {INDEX}; {remedy}")
     weight_map = _read_index(folder / INDEX)
     files = sorted(set(weight_map.values()))
     missing = [file for file in files if not exists(folder / file)]
     if missing:
         raise ValueError(f"{named(folder)}: missing files ({len(missing)}) of those that {INDEX} names: "
-                         f"{some(missing)}; download them again")
+                         f"{some(missing)}; {again(folder)}")
     shards = {file: Shard(folder / file) for file in files}
     for name, file in weight_map.items():
         if name not in shards[file].entries:
@@ -79,9 +79,9 @@ def _read_index(path: Path) -> dict[str, str]:
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict):
         raise ValueError(f"{named(path)}: not an index: it needs a weight_map from tensors to files; "
-                         "download it again")
+                         f"{again(path)}")
     for file in weight_map.values():
         if not isinstance(file, str) or not PLAIN_NAME.fullmatch(file):
             raise ValueError(f"{named(path)}: it names {quoted(file)}, which is not a safetensors file in "
-                             "the same folder; download it again")
+                             f"the same folder; {again(path)}")
     return weight_map

@@ -2,17 +2,39 @@
 import errno
 import json
 import os
+import re
 import secrets
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 from weights.messages import named, one_line, reason
 
 MOST_BYTES = 50_000_000         # of a file that is read into memory at once; tokenizer.json has up to 17 MB
+# A place in huggingface_hub's cache: owner, name, commit, and the file if it is not the whole folder.
+CACHED = re.compile(r"[/\\]models--([\w.-]+?)--([\w.-]+)[/\\]snapshots[/\\](\w+)(?:[/\\]([\w./-]+))?$",
+                    re.ASCII)
 MOST_JSON = 10_000_000          # of other JSON files; parsed, they can take 50 times as much
+
+
+def again(path: str | Path) -> str:
+    """What to do where a file, or a folder of them, is damaged or incomplete.
+
+    That depends on where it came from: huggingface_hub's cache takes what is there for good until it is told
+    otherwise, and only a folder of one's own can be copied or saved again.
+    """
+    match = CACHED.search(str(path))
+    if match is None:
+        return "copy it again, or save it again"
+    owner, name, commit, file = match.groups()
+    with suppress(OSError, ValueError):         # the commit that is meant where no revision is named
+        if (Path(match.string[:match.start(3)]).parent / "refs" / "main").read_text() == commit:
+            commit = None
+    revision = "" if commit is None else f" --revision {commit}"
+    file = f" {file}" if file else ""
+    return f"`hf download {owner}/{name}{file}{revision} --force-download` fetches it again"
 
 
 def unreadable(path: object, error: OSError) -> ValueError:
@@ -92,7 +114,7 @@ def read_json(path: str | Path, most: int = MOST_JSON) -> object:
         return json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError, MemoryError) as error:
         raise ValueError(f"{named(path)}: not readable as JSON ({one_line(error, 120)}); "
-                         "correct it or download it again") from None
+                         f"correct it, or {again(path)}") from None
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from huggingface_hub.errors import (
 from weights.config_file import read_config
 from weights.files import exists, read_json, unreadable
 from weights.messages import named, one_line, quoted, reason
+from weights.safetensors_file import INDEX, SINGLE
 
 BUNDLED = {name: Path(__file__).parent / name for name in ("tiny", "guide")}
 LEARNED = Path(__file__).parent / "learned"        # small weights of the pruning methods that learn
@@ -60,6 +61,8 @@ def find_checkpoint(source: str | Path, revision: str | None = None, adapters: S
             raise ValueError(f"{named(text)}: revision {quoted(revision)} goes with a hub id, but this is a "
                              "local folder")
         _refuse_unusable(folder, text)
+        if exists(folder / ADAPTER) and not any(exists(folder / name) for name in (SINGLE, INDEX)):
+            raise _adapter_alone(folder, text)
         _refuse_silent_adapter(folder, text, adapters)
         return folder
     if isinstance(source, Path) or not HUB_ID.fullmatch(text):
@@ -119,21 +122,23 @@ def _refuse_unusable(folder: Path, source: str):
         return
     foreign = foreign_format(folder)
     if exists(folder / ADAPTER):
-        raise ValueError(f"{named(source)}: it holds an adapter alone, without its base: give --model "
-                         f"{_base_of(folder)} --adapter {named(source)}")
+        raise _adapter_alone(folder, source)
     if foreign is not None:
         raise ValueError(f"{named(source)}: it holds {foreign}; {WANTED}")
     raise ValueError(f"{named(source)}: no config.json there; a checkpoint is a folder of config.json and "
                      "safetensors")
 
 
-def _base_of(folder: Path) -> str:
-    """What an adapter says that its base is, where it says so in words that can be typed."""
+def _adapter_alone(folder: Path, source: str) -> ValueError:
+    """With the base that the adapter says that it has, where it says so in words that can be typed."""
     try:
         base = read_json(folder / ADAPTER)["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError):
-        return "BASE"
-    return base if isinstance(base, str) and HUB_ID.fullmatch(base) else "BASE"
+        base = None
+    if not isinstance(base, str) or not HUB_ID.fullmatch(base):
+        base = "BASE"
+    return ValueError(f"{named(source)}: it holds an adapter alone, without its base: give --model {base} "
+                      f"--adapter {named(source)}")
 
 
 def _refuse_silent_adapter(folder: Path, source: str, adapters: Sequence):

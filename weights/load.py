@@ -25,6 +25,7 @@ from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
 from weights.device import parse_dtype
 from weights.devices import Placement, parse_devices
+from weights.files import again
 from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
@@ -144,7 +145,7 @@ def _check_names(folder: Path, wanted: dict[str, list[int]], found: dict[str, St
         parts.append(f"unexpected tensors ({len(unexpected)}): {some(unexpected)}")
     if parts:
         raise ValueError(f"{named(folder)}: {'; '.join(parts)}; config.json and weights do not belong "
-                         "together, or the download is incomplete")
+                         f"together, or some are lost; {again(folder)}")
 
 
 def _check_tensors(wanted: dict[str, list[int]], found: dict[str, Stored]) -> torch.dtype:

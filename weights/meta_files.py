@@ -5,7 +5,7 @@ from pickle import UnpicklingError
 import torch
 from torch import Tensor
 
-from weights.files import exists, read_json
+from weights.files import again, exists, read_json
 from weights.messages import named, one_line, quoted
 from weights.safetensors_file import STORED
 
@@ -43,12 +43,12 @@ def _open(path: Path) -> Rank:
         rank = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except BROKEN as error:
         raise ValueError(f"{named(path)}: not a file of weights that PyTorch can map "
-                         f"({one_line(error, 160)}); download it again") from None
+                         f"({one_line(error, 160)}); {again(path)}") from None
     if not isinstance(rank, dict) or not rank:
-        raise ValueError(f"{named(path)}: it holds no tensors by name; download it again")
+        raise ValueError(f"{named(path)}: it holds no tensors by name; {again(path)}")
     for name, tensor in rank.items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{named(path)}: {quoted(name)} is not the name of a tensor; download it again")
+            raise ValueError(f"{named(path)}: {quoted(name)} is not the name of a tensor; {again(path)}")
         if tensor.dtype not in STORED.values() or tensor.layout != torch.strided:
             raise ValueError(f"{named(path)}: tensor {quoted(name)} is of {tensor.dtype}, not one of "
                              f"{', '.join(STORED)}")
@@ -64,7 +64,7 @@ def read_params(folder: Path) -> dict:
     params = read_json(path)
     params = params.get("model", params) if isinstance(params, dict) else params
     if not isinstance(params, dict):
-        raise ValueError(f"{named(path)}: not the settings of a model; download it again")
+        raise ValueError(f"{named(path)}: not the settings of a model; {again(path)}")
     if params.get("vision_num_cross_attention_layers") in (None, -1):
         raise ValueError(f"{named(path)}: no vision_num_cross_attention_layers: this model sees no images, "
                          "so it is none of Llama-3.2-Vision")

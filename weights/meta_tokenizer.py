@@ -9,7 +9,7 @@ import binascii
 import json
 from pathlib import Path
 
-from weights.files import read_bytes
+from weights.files import again, read_bytes
 from weights.messages import named, quoted
 from weights.vocabulary import LLAMA3_SPLIT
 
@@ -29,13 +29,13 @@ def read_ranks(path: Path, vocab_size: int) -> dict[bytes, int]:
             ranks[base64.b64decode(token, validate=True)] = int(rank)
         except (ValueError, binascii.Error):
             raise ValueError(f"{named(path)}: line {number} is {quoted(line, 60)}, not a token in base64 and "
-                             "its rank; download it again") from None
+                             f"its rank; {again(path)}") from None
     if sorted(ranks.values()) != list(range(vocab_size - COUNT_SPECIAL)) or b"" in ranks:
         raise ValueError(f"{named(path)}: {len(ranks)} tokens, where {vocab_size - COUNT_SPECIAL} with the "
                          "ranks from 0 on are needed; it belongs to another model, or is incomplete")
     missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
     if missing:
-        raise ValueError(f"{named(path)}: no token for the byte {missing[0]}; download it again")
+        raise ValueError(f"{named(path)}: no token for the byte {missing[0]}; {again(path)}")
     return ranks
 
 

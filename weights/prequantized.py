@@ -12,6 +12,7 @@ import torch
 
 from weights.bitsandbytes import EightBits, FourBits
 from weights.compressed_tensors import compressed
+from weights.files import again
 from weights.messages import named, quoted
 from weights.names import quantization_method, quantized_part
 from weights.quantization_config import quantized
@@ -63,9 +64,9 @@ def _add(group: Group, method: str, part: str, stored: Stored):
     where = f"{named(stored.shard.path)}: tensor {quoted(stored.name)}"
     if method != group.method:
         raise ValueError(f"{where} belongs to {method}, but others of the same weight to {group.method}; "
-                         "download the checkpoint again")
+                         f"{again(stored.shard.path.parent)}")
     if part in group.parts:
-        raise ValueError(f"{where} occurs twice; download the checkpoint again")
+        raise ValueError(f"{where} occurs twice; {again(stored.shard.path.parent)}")
     group.parts[part] = stored
 
 

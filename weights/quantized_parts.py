@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from weights.files import again
 from weights.messages import named, quoted
 from weights.safetensors_file import PACKED, STORED
 from weights.stored import Stored
@@ -94,7 +95,7 @@ class Quantized(Stored):
 
     def damaged(self, what: str) -> ValueError:
         return ValueError(f"{named(self.shard.path)}: tensor {quoted(self.name)}, quantized by "
-                          f"{self.method}, {what}; download the checkpoint again")
+                          f"{self.method}, {what}; {again(self.shard.path.parent)}")
 
     # ---- scales
 

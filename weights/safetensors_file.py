@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from weights.files import open_regular, regular_file, replacing, unreadable
+from weights.files import again, open_regular, regular_file, replacing, unreadable
 from weights.messages import named, one_line, quoted, reason
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -29,7 +29,6 @@ BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5
         "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
         "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}    # of a number
 MAX_HEADER = 10_000_000             # bytes; that of the 90B, in one file, would have 200 kB
-AGAIN = "download the file again"
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)     # of Linux; Python knows its name since 3.13
 
 
@@ -98,21 +97,21 @@ def _header(path: Path) -> tuple[dict[str, dict], int, int]:
         except OSError as error:
             raise unreadable(path, error) from None
     if size == 0:
-        raise ValueError(f"{named(path)}: the file is empty; {AGAIN}")
+        raise ValueError(f"{named(path)}: the file is empty; {again(path)}")
     if prefix == b"version ":
         raise ValueError(f"{named(path)}: a git-lfs pointer instead of the weights; `git lfs pull` "
                          "fetches them")
     if len(text) < length <= MAX_HEADER:
-        raise ValueError(f"{named(path)}: truncated within its header; {AGAIN}")
+        raise ValueError(f"{named(path)}: truncated within its header; {again(path)}")
     entries, end = _parse_header(text)
     if entries is None or length > MAX_HEADER:
-        raise ValueError(f"{named(path)}: not a safetensors file, or its header is damaged; {AGAIN}")
+        raise ValueError(f"{named(path)}: not a safetensors file, or its header is damaged; {again(path)}")
     needed = 8 + length + end
     if size < needed:
-        raise ValueError(f"{named(path)}: truncated: {size:,} of {needed:,} bytes are there; {AGAIN}")
+        raise ValueError(f"{named(path)}: truncated: {size:,} of {needed:,} bytes are there; {again(path)}")
     fault = _fault(entries, size - 8 - length)
     if fault is not None:
-        raise ValueError(f"{named(path)}: not a good safetensors file ({fault}); {AGAIN}")
+        raise ValueError(f"{named(path)}: not a good safetensors file ({fault}); {again(path)}")
     return entries, 8 + length, size
 
 

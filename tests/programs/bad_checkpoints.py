@@ -94,9 +94,9 @@ CONFIGS = [
 ]
 
 WEIGHT_FILES = [
-    ("none", weights(None), WEIGHTS, "download"),
+    ("none", weights(None), WEIGHTS, "copy it again"),
     ("empty", weights(b""), WEIGHTS, "empty"),
-    ("cut", weights(lambda data: data[:-1000]), WEIGHTS, "truncated", "download"),
+    ("cut", weights(lambda data: data[:-1000]), WEIGHTS, "truncated", "copy it again"),
     ("cut header", weights(lambda data: data[:500]), WEIGHTS, "truncated within its header"),
     ("damaged header", weights(lambda data: data[:8] + b"?" + data[9:]), WEIGHTS, "header is damaged"),
     ("git-lfs pointer", weights(b"version https://git-lfs.github.com/spec/v1\n"), "git-lfs"),
@@ -106,7 +106,7 @@ WEIGHT_FILES = [
     ("whole numbers", tensor(NORM, torch.ones(160, dtype=torch.int8)), NORM, "I8", "bf16 checkpoint"),
     ("quantized", tensor(NORM + ".absmax", torch.ones(2)), "bitsandbytes 4-bit", "bf16 checkpoint"),
     ("missing shard", weights(None, index(*SHARDS), (SHARDS[0], b"")), "missing files (1)", SHARDS[1]),
-    ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "download"),
+    ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "copy it again"),
     ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not readable as JSON"),
     ("index names no file", weights(None, index("x" * 300 + ".safetensors")), "cannot be read", "too long"),
     ("index leads away", weights(None, index("../x.safetensors")), "'../x.safetensors'", "same folder"),
