@@ -10,6 +10,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from glob import escape, glob
 from types import ModuleType
 
 from PIL import Image
@@ -24,12 +25,13 @@ from weights.messages import one_line, quoted
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
 
+COMMANDS = "/image", "/prune", "/clear", "/help", "/quit"
 HELP = """/image PATH     one more image for the next question: a path, URL or data URI
 /prune METHOD [KEEP] [OPTION=VALUE]...     drop image tokens from here on
 /prune off      keep all of them; /prune alone says what is done now
 /clear          forget the conversation and its later images
 //TEXT          a question that begins with /
-Ctrl-C stops an answer; an empty line or Ctrl-D ends the chat."""
+Ctrl-C stops an answer; an empty line, Ctrl-D or /quit ends the chat."""
 
 
 class Chat:
@@ -63,27 +65,37 @@ class Chat:
 
     def run(self):
         """Questions and commands until the input ends."""
-        commands = {"/image": self.image, "/prune": self.prune, "/clear": self.clear,
-                    "/help": lambda rest: say(HELP)}
         say_model(self.args.model)
         say("Ask; an empty line or Ctrl-D ends, /help shows more.")
         lines = Lines()
-        while line := lines.next():
+        while (line := lines.next()) not in ("", "/quit"):
             try:
-                if line.startswith("//") or not line.startswith("/"):
+                if line.startswith("/") and not line.startswith("//"):
+                    self.obey(line)
+                else:
                     self.reply(line.removeprefix("/"))
-                    continue
-                name, _, rest = line.partition(" ")
-                if name not in commands:
-                    raise ValueError(f"there is no command {quoted(name)}, only {', '.join(commands)}; a "
-                                     "question that begins with / is written with //")
-                commands[name](rest.strip())
             except KeyboardInterrupt:
                 say("\nstopped")
             except ValueError as error:         # too long, say: the chat goes on without this question
                 if is_in_a_pruner_of_the_user(error):
                     raise
                 say(f"error: {one_line(error, MOST_LETTERS)}")
+
+    def obey(self, line: str):
+        """What a command asks for."""
+        name, _, rest = line.partition(" ")
+        match name:
+            case "/image":
+                self.image(rest.strip())
+            case "/prune":
+                self.prune(rest.strip())
+            case "/clear":
+                self.clear()
+            case "/help":
+                say(HELP)
+            case _:
+                raise ValueError(f"there is no command {quoted(name)}, only {', '.join(COMMANDS)}; a "
+                                 "question that begins with / is written with //")
 
     def reply(self, question: str):
         """Answer a question. What was said until Ctrl-C counts as the answer, and nothing as no question."""
@@ -151,7 +163,7 @@ class Chat:
         needs_states = pruner is not None and pruner.keep_states and not pruner.keeps_all
         return tokens is not None and (shrinks or needs_states and tokens.states is None)
 
-    def clear(self, rest: str):
+    def clear(self):
         self.forget()
         system = "the system message" if self.beginning else ""
         count = len(self.opening)
@@ -180,6 +192,11 @@ class Lines:
 
     def __init__(self):
         self.readline = line_editor()
+        if self.readline is not None:
+            self.readline.set_completer_delims("\n")                   # a line is completed as a whole
+            self.readline.set_completer(completed)
+            self.readline.parse_and_bind("tab: complete")              # of GNU readline, and ...
+            self.readline.parse_and_bind("bind ^I rl_complete")        # of libedit; neither minds the other
 
     def next(self) -> str:
         """The next question or command; "" at an empty line or the end of the input."""
@@ -219,6 +236,20 @@ def line_editor() -> ModuleType | None:
     except ImportError:
         return None
     return readline
+
+
+def completed(line: str, number: int) -> str | None:
+    """What Tab makes of a line: commands, methods, and the paths of files for /image."""
+    name, space, rest = line.partition(" ")
+    if not space:
+        lines = [f"{command} " for command in COMMANDS if command.startswith(line or "no line")]
+    elif name == "/image":
+        beginning = os.path.expanduser(rest)
+        paths = sorted(glob(f"{escape(beginning)}*"))
+        lines = [f"/image {path}{'/' if os.path.isdir(path) else ''}" for path in paths]
+    else:
+        lines = [f"/prune {method} " for method in METHODS if name == "/prune" and method.startswith(rest)]
+    return lines[number] if number < len(lines) else None
 
 
 @contextmanager

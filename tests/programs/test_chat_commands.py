@@ -2,11 +2,12 @@
 import re
 import sys
 from collections.abc import Callable
+from itertools import takewhile
 
 import pytest
 from generate_helpers import TINY, command_line, drawn
 
-from chat import HELP
+from chat import HELP, completed
 from model.llama_vision import LlamaVision
 
 TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*((?:<\|image\|>)*[^<]*)")
@@ -130,7 +131,7 @@ def test_a_method_that_acts_early_encodes_all_images_anew(chat, encoded, wide, t
 
 
 @pytest.mark.parametrize(("line", "words"), [
-    ("/imagine x.png", "there is no command '/imagine', only /image, /prune, /clear, /help"),
+    ("/imagine x.png", "there is no command '/imagine', only /image, /prune, /clear, /help, /quit;"),
     ("/", "there is no command '/'"), ("/image", "/image needs the PATH"),
     ("/image none.png", "none.png: no such file"), ("/image .", ".: a folder"),
     ("/image 'none.png", "'none.png: no such file"), ("/image -", "standard input: nothing is piped in"),
@@ -152,6 +153,23 @@ def test_help_and_questions_that_begin_with_a_slash(chat, asked):
     for command in "/image PATH", "/prune METHOD", "/clear", "//TEXT":
         assert said(err, command) == 1
     assert max(map(len, HELP.splitlines())) <= 80
+
+
+def test_quit_ends_the_chat(chat, asked):
+    err = chat("One?", "/quit", "Two?")
+    assert len(asked) == 1 and said(err, "error") == 0
+
+
+def test_tab_completes_commands_methods_and_paths(tall, monkeypatch):
+    def lines(typed: str) -> list[str]:
+        return list(takewhile(bool, (completed(typed, number) for number in range(30))))
+    folder = tall.rpartition("/")[0]
+    monkeypatch.setenv("HOME", folder)
+    assert lines("/i") == ["/image "] and len(lines("/")) == 5
+    assert lines("/prune trim") == ["/prune trimmed_llama "] and "/prune coreset " in lines("/prune ")
+    assert lines(f"/image {folder}/ta") == lines("/image ~/ta") == [f"/image {tall}"]
+    assert lines(f"/image {folder}") == [f"/image {folder}/"]
+    assert lines("") == lines("Is this a") == lines("/clear x") == lines(f"/image {folder}/[a-z]") == []
 
 
 def test_stop_texts_end_every_answer(chat, asked):

@@ -1,5 +1,11 @@
 """The chat on a real terminal: its line editor, Ctrl-C, and what goes to stdout and stderr."""
+import os
 import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 from program_inputs import IMAGE, ROOT
@@ -88,3 +94,37 @@ def test_nothing_but_questions_and_answers_on_the_screen(tmp_path):
     assert chat.end() == 0 and chat.seen.strip() == ""
     err = (tmp_path / "err.txt").read_text()
     assert err.startswith("tiny: ") and err.count("> ") >= 2 and "tok/s" in err
+
+
+@pytest.mark.skipif(shutil.which("tmux") is None, reason="tmux is not installed; the tests above need none")
+def test_what_the_screen_of_a_terminal_shows(tmp_path, endless):
+    """tmux draws it: no escape codes, and no prompt in the middle of a line."""
+    def tmux(*args: str) -> str:
+        environment = {**os.environ, "LC_ALL": "C.UTF-8", "CUDA_VISIBLE_DEVICES": "", "INPUTRC": "/dev/null"}
+        return subprocess.run(["tmux", "-S", str(tmp_path / "socket"), "-f", "/dev/null", *args], check=True,
+                              env=environment, capture_output=True, text=True).stdout
+
+    def wait_for(pattern: str) -> str:
+        until = time.monotonic() + 60
+        while not re.search(pattern, screen := tmux("capture-pane", "-p", "-S", "-100"), re.M):
+            assert time.monotonic() < until, (pattern, screen)
+            time.sleep(0.1)
+        return screen
+
+    program = shlex.join([sys.executable, str(ROOT / "generate.py"), "--image", IMAGE])
+    tmux("new-session", "-d", "-x", "100", "-y", "50", program)
+    try:
+        wait_for(r"^>")
+        tmux("send-keys", "What is written on the cXrcle?", *["Left"] * 5, "BSpace", "i", "Enter")
+        wait_for(r"^> What is written on the circle\?\nY\n(.*\n)+>")
+        tmux("send-keys", "/im", "Tab", str(ROOT / "examples" / "wid"), "Tab", "Enter")
+        wait_for(r"image 2: 323 x 97 pixels.*\n>")
+        tmux("send-keys", f"/prune {endless} 0.5", "Enter")
+        wait_for(r"^image tokens are pruned")
+        tmux("send-keys", "And now?", "Enter")
+        wait_for(r"^bbbbb")
+        tmux("send-keys", "C-c")
+        screen = wait_for(r"^b+\^C\nstopped; what it said.*\n>")
+        assert "^[" not in screen and "\n> And now?\n" in screen
+    finally:
+        tmux("kill-server")
