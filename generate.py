@@ -193,7 +193,7 @@ class Assistant:
         """
         guard = Guard(self.tokenizer, policy)
         answer = self.answer(conversations, encoded, MOST_TOKENS, pruner=pruner, policy=guard.policy)
-        return guard.read(answer.tokens)
+        return guard.read(answer.texts)
 
     def warm_up(self, batch: int, encoded: EncodedImages):
         """Compile what a batch of answers about these images needs, so that no answer waits for it."""

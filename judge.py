@@ -58,7 +58,7 @@ def print_verdicts(args: argparse.Namespace, guard: Guard, ask: Ask, encoded: En
                    pruner: Pruner | None, conversations: list[list[dict]]):
     """A line for each conversation, in their order, or one JSON object."""
     answer = ask(with_answers(conversations, args.answer))
-    verdicts = guard.read(answer.tokens)
+    verdicts = guard.read(answer.texts)
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
         safe = [verdict.safe for verdict in verdicts]

@@ -6,7 +6,7 @@ The template writes the whole conversation into one task: the user's last messag
 assistant's if the conversation ends with it. `Assistant.judge` does all of it.
 """
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weights.messages import one_line, quoted
@@ -70,10 +70,9 @@ class Guard:
                 key in lines for key in self.policy.excluded):
             raise ValueError("the chat template of this guard has fixed categories: give none, exclude none")
 
-    def read(self, answers: Iterable[list[int]]) -> list[Verdict]:
-        """The verdicts in the token ids of answers. Raises ValueError for an answer that is none."""
-        texts = [self.tokenizer.decode(tokens) for tokens in answers]
-        return [self._verdict(text, f" {i}" if len(texts) > 1 else "") for i, text in enumerate(texts, 1)]
+    def read(self, answers: Sequence[str]) -> list[Verdict]:
+        """The verdicts in the texts of answers. Raises ValueError for an answer that is none."""
+        return [self._verdict(text, f" {i}" if len(answers) > 1 else "") for i, text in enumerate(answers, 1)]
 
     def _verdict(self, text: str, number: str) -> Verdict:
         word, *more = [line.strip() for line in text.strip().splitlines()] or [""]

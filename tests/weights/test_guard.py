@@ -131,16 +131,13 @@ def test_a_guard_with_fixed_categories_says_so(folder, config, policy):
     ("unsafe\nS77", Verdict(False, {"S77": None}), "unsafe: S77"),
 ])
 def test_verdicts_are_read(guard, text, verdict, line):
-    tokens = guard.tokenizer.encode(text, add_special_tokens=False).ids
-    assert Guard(guard).read([tokens]) == [verdict] and str(verdict) == line
+    assert Guard(guard).read([text]) == [verdict] and str(verdict) == line
 
 
 @pytest.mark.parametrize("text", ["", "\n", "Safe.", "safe\nS1", "unsafe\nS1\nS2", "a circle", "unsafe S1"])
 def test_an_answer_that_is_no_verdict_is_refused(guard, text):
-    tokens = guard.tokenizer.encode(text, add_special_tokens=False).ids
-    assert f"the guard's answer is neither safe nor unsafe: {text!r}" in refusal(Guard(guard).read, [tokens])
-    safe = guard.tokenizer.encode("safe", add_special_tokens=False).ids
-    assert "the guard's answer 2 is neither" in refusal(Guard(guard).read, [safe, tokens])
+    assert f"the guard's answer is neither safe nor unsafe: {text!r}" in refusal(Guard(guard).read, [text])
+    assert "the guard's answer 2 is neither" in refusal(Guard(guard).read, ["safe", text])
 
 
 def test_the_template_asks_for_users_and_assistants_in_turns(guard):
