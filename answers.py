@@ -11,6 +11,7 @@ from model.answer import Answer, EncodedImages
 from program import write
 from pruning import Pruner
 from terminal import say_wrapped, size, took
+from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, Detokenizer
 
 Ask = Callable[..., Answer]
@@ -20,7 +21,10 @@ def print_answers(args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Ask, 
                   pruner: Pruner | None, conversations: list[list[dict]]):
     """One answer is printed as it is made; those of a batch in order at the end, a line each."""
     live = len(conversations) == 1 and not args.json
-    answer = stream(tokenizer, ask, conversations[0]) if live else ask(conversations)
+    written = [fold_system(tokenizer.template, conversation, args.date) for conversation in conversations]
+    answer = stream(tokenizer, ask, written[0]) if live else ask(written)
+    if written != conversations:
+        say_wrapped(FOLDED)
     named = None if args.prune is None else str(pruner)         # one that only draws a map has no name
     if args.json:
         return write_json(as_json(args.model, answer, encoded, named))

@@ -16,11 +16,12 @@ from types import ModuleType
 from PIL import Image
 
 from answers import Live, say_cost, say_model
-from cli import parse_pruner
+from cli import parse_pruner, read_images
 from model.answer import Answer, EncodedImages
 from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
 from pruning import METHODS, Pruner, hooks
-from weights.image_source import image_from, is_path
+from terminal import say_wrapped, took
+from weights.image_source import is_path
 from weights.messages import one_line, quoted
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
@@ -102,7 +103,7 @@ class Chat:
         asked = messages(question, self.not_asked_about, history=self.history)
         conversation = fold_system(self.tokenizer.template, asked, self.args.date)
         if conversation is not asked and not self.told_of_folding:
-            say(FOLDED)
+            say_wrapped(FOLDED)
             self.told_of_folding = True
         live = Live(self.tokenizer)
         try:
@@ -128,13 +129,13 @@ class Chat:
         """Only the new image is encoded."""
         if not rest:
             raise ValueError("/image needs the PATH of an image, or its URL")
-        image = image_from(typed_path(rest))
+        [image] = read_images([typed_path(rest)])
         encoded = self.encode([image], self.pruner)
         self.encoded = self.encoded.join(encoded)
         self.later.append(image)
         self.not_asked_about += 1
-        say(f"image {len(self.opening) + len(self.later)}: {image.width} x {image.height} pixels, "
-            f"{encoded.real} image tokens, encode {encoded.ms:.0f} ms; now ask about it")
+        say_wrapped(f"image {len(self.opening) + len(self.later)}: {image.width} x {image.height} pixels, "
+                    f"{encoded.real} image tokens, encode {took(encoded.ms)}; now ask about it")
 
     def prune(self, rest: str):
         """Images are only encoded anew if the method shrinks them first, or needs what was not kept."""
@@ -153,8 +154,8 @@ class Chat:
                 self.encoded = opening.join(later)
             self.pruner = pruner
         if self.pruner is None:
-            return say(f"all image tokens are kept; the methods are {', '.join(METHODS)}")
-        say(f"image tokens are pruned from here on: {self.pruner}")
+            return say_wrapped(f"all image tokens are kept; the methods are {', '.join(METHODS)}")
+        say_wrapped(f"image tokens are pruned from here on: {self.pruner}")
 
     def must_encode_for(self, pruner: Pruner | None) -> bool:
         """Whether this pruner needs the images encoded otherwise than they are."""

@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 
+from PIL import Image
+
 from arguments import Parser
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
@@ -21,6 +23,7 @@ from terminal import Progress
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
+from weights.image_source import images_from
 from weights.messages import named, quoted, reason
 from weights.quantize import weights_words
 from weights.wide import wide_words
@@ -239,7 +242,7 @@ def catalogue() -> str:
     return "\n".join(lines) + "\n"
 
 
-# ----- sampling and prompts
+# ----- sampling, images and prompts
 
 
 def add_sampling(parser: Parser):
@@ -262,6 +265,12 @@ def parse_sampler(args: argparse.Namespace, checkpoint: Path | None = None) -> S
     given = {name: value for name, value in given.items() if value is not None}
     suggested = read_sampling(checkpoint) if args.sample and checkpoint is not None else {}
     return Sampler(**{**suggested, **given}, seed=args.seed)
+
+
+def read_images(sources: list[str]) -> list[Image.Image]:
+    """The images of paths, URLs, data URIs and "-"; ValueError with one line."""
+    with Progress("waiting for the image"):
+        return images_from(sources)
 
 
 def piped_prompt(has_image: bool) -> str:

@@ -35,6 +35,7 @@ from cli import (
     parse_pruner,
     parse_sampler,
     piped_prompt,
+    read_images,
     say_how,
     whole_number,
     writing,
@@ -54,7 +55,7 @@ from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_devices, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
-from weights.image_source import images_from, is_path
+from weights.image_source import is_path
 from weights.images import ImageProcessor
 from weights.messages import named
 from weights.peak import PeakMemory
@@ -62,7 +63,6 @@ from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
 from weights.quantize import check_quantize
 from weights.stop_texts import StopTexts, check_stops
-from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -253,7 +253,7 @@ def command(args: argparse.Namespace):
     chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
     if chatting and (args.json or args.guard):
         raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
-    images = images_from(args.image)
+    images = read_images(args.image)
     prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images) and not args.guard)])
     policy = parse_policy(args, len(prompts))
     if args.save_map is not None:
@@ -280,10 +280,7 @@ def command(args: argparse.Namespace):
     if guard is not None:
         print_verdicts(args, guard, ask, encoded, pruner, conversations)
     else:
-        folded = [fold_system(assistant.tokenizer.template, each, args.date) for each in conversations]
-        print_answers(args, assistant.tokenizer, ask, encoded, pruner, folded)
-        if folded != conversations:
-            say(FOLDED)
+        print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
     if args.save_map is not None:
         draw = attention_map if args.map == "attention" else kept_map
         with writing("--save-map", args.save_map) as file:

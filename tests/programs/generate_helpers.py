@@ -44,3 +44,24 @@ def command_line(monkeypatch, capsys) -> Callable[..., tuple[str, str]]:
         program.main()
         return capsys.readouterr()
     return command
+
+
+# A chat template that refuses a system message beside an image, as one of the official ones does.
+REFUSING = """{% for m in messages %}{% for part in m.content %}
+{%- if part.type == 'image' and messages[0].role == 'system' %}{{ raise_exception('refused') }}{% endif %}
+{%- endfor %}{% endfor %}
+{%- for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}
+{{- '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}<|eot_id|>
+{%- endfor %}<|start_header_id|>assistant<|end_header_id|>
+
+"""
+
+
+def refusing_checkpoint(folder: Path) -> str:
+    """The bundled checkpoint with this template."""
+    for file in TINY.iterdir():
+        (folder / file.name).symlink_to(file)
+    (folder / "chat_template.jinja").write_text(REFUSING)
+    return str(folder)

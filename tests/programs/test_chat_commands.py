@@ -5,20 +5,12 @@ from collections.abc import Callable
 from itertools import takewhile
 
 import pytest
-from generate_helpers import TINY, command_line, drawn
+from generate_helpers import command_line, drawn, refusing_checkpoint
 
 from chat import HELP, completed
 from model.llama_vision import LlamaVision
 
 TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*((?:<\|image\|>)*[^<]*)")
-
-TEMPLATE = """{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>
-
-{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content %}
-{{- '<|image|>' if part.type == 'image' else part.text }}{% endfor %}{% endif %}<|eot_id|>
-{%- endfor %}<|start_header_id|>assistant<|end_header_id|>
-
-"""
 
 
 @pytest.fixture
@@ -179,13 +171,7 @@ def test_stop_texts_end_every_answer(chat, asked):
 
 
 def test_a_system_message_that_is_refused_beside_an_image_is_folded(chat, asked, wide, tmp_path):
-    for file in TINY.iterdir():
-        (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "chat_template.jinja").write_text(
-        "{% for m in messages %}{% for part in m.content %}{% if part.type == 'image' and "
-        "messages[0].role == 'system' %}{{ raise_exception('incompatible') }}{% endif %}{% endfor %}"
-        "{% endfor %}" + TEMPLATE)
-    args = "--system", "Be brief.", "--model", str(tmp_path)
+    args = "--system", "Be brief.", "--model", refusing_checkpoint(tmp_path)
     err = chat("Hi?", f"/image {wide}", "This?", "That?", args=args)
     assert TURN.findall(asked[0][0])[:-1] == [("system", "Be brief."), ("user", "Hi?")]
     assert turns(asked) == [("user", "Be brief.\n\nHi?"), ("assistant", "Yes."), ("user", "<|image|>This?"),

@@ -8,13 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from generate_helpers import TINY, command_line, drawn
+from generate_helpers import TINY, command_line, drawn, refusing_checkpoint
 from helpers import randomise
 
-import generate as program
 from generate import Assistant, Sampler
 from pruning import load
 from weights import read_config
+from weights.image_source import images_from
 from weights.tokenizer import messages
 
 QUESTIONS = "Describe the picture.", "Is there a star?", "What is written on the circle?"
@@ -176,4 +176,15 @@ def test_a_map_may_be_of_an_image_that_is_no_file(run, site, tmp_path):
     made = Path(tmp_path / "map.png")
     run("--image", f"{site}/wide.png", "--prompt", "What?", "--max-new-tokens", "1", "--prune", "coreset",
         "--save-map", str(made))
-    assert program.images_from([str(made)])[0].size[0] > 0
+    assert images_from([str(made)])[0].size[0] > 0
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",), ("--prompt", "And?")])
+def test_a_system_message_that_is_refused_beside_an_image_is_folded(run, asked, wide, tmp_path, flags):
+    command = ("--model", refusing_checkpoint(tmp_path), "--system", "Be brief.", "--prompt", "This?",
+               "--max-new-tokens", "1")
+    assert "refuses a system message" not in run(*command, *flags)[1]
+    assert "system<|end_header_id|>\n\nBe brief.<|eot_id|>" in asked[-1][0]
+    _, err = run(*command, *flags, "--image", wide)
+    assert err.count("refuses a system message beside an image") == 1
+    assert "user<|end_header_id|>\n\n<|image|>Be brief.\n\nThis?<|eot_id|>" in asked[-1][0]

@@ -24,7 +24,7 @@ ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRA
            "program": {"weights"}, "terminal": {"program"}, "arguments": {"program", "terminal"},
            "cli": LIBRARY | {"program", "terminal", "arguments"},
            "answers": LIBRARY | {"program", "terminal", "cli"},
-           "chat": LIBRARY | {"program", "cli", "answers"},
+           "chat": LIBRARY | {"program", "terminal", "cli", "answers"},
            "judge": LIBRARY | {"program", "arguments", "answers"},
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
