@@ -16,10 +16,9 @@ from PIL import Image
 from arguments import Parser
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
-from program import say
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
-from terminal import Progress
+from terminal import Progress, say_wrapped
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
@@ -57,11 +56,11 @@ def say_how(model: LlamaVision, args: argparse.Namespace, adapters: list[str | P
     that may be a copy of this one, or not."""
     for words in weights_words(model), wide_words(model):
         if words is not None:
-            say(words)
+            say_wrapped(words)
     for adapter, base in zip(args.adapter, said_bases(adapters), strict=True):
         if base not in (None, args.model):
-            say(f"adapter {named(adapter)} merged into {named(args.model)}; it says that it was trained on "
-                f"{base}")
+            say_wrapped(f"adapter {named(adapter)} merged into {named(args.model)}; it says that it was "
+                        f"trained on {base}")
 
 
 def whole_number(text: str) -> int:

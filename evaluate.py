@@ -45,11 +45,10 @@ from evaluation.scoring import figures, full_score
 from evaluation.store import Store
 from generate import Assistant
 from model.answer import Answer, EncodedImages
-from program import say
 from pruning import Pruner, hooks
 from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
-from terminal import Progress, stdout_width
+from terminal import Progress, say_wrapped, stdout_width
 from weights import find_checkpoint
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.files import read_bytes
@@ -165,7 +164,7 @@ def command(args: argparse.Namespace):
     if made is None:
         made = measure(args, settings, pruners, store)
     else:
-        say(f"{args.json} holds the answers of this command already; delete it to ask again")
+        say_wrapped(f"{args.json} holds the answers of this command already; delete it to ask again")
     if args.prune is not None:
         print(table(made, stdout_width()))
     if args.plot is not None:

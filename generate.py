@@ -200,7 +200,8 @@ class Assistant:
         question = messages("?", len(encoded.tiles) if encoded.tokens is not None else 0)
         clock = Clock(self.model.device)
         prompts = [self.tokenizer.encode(question)] * batch
-        generate(self.model, prompts, encoded.expand(batch), WARM_UP_TOKENS, (), decode=self.decode)
+        with self.progress("compiling"):
+            generate(self.model, prompts, encoded.expand(batch), WARM_UP_TOKENS, (), decode=self.decode)
         self.ms["compile"] = clock.lap()
 
 

@@ -1,4 +1,5 @@
 """Tables and lines on terminals of several widths: they fit, and hold what they hold in a file."""
+import io
 import json
 import re
 import sys
@@ -127,3 +128,40 @@ def test_what_an_answer_took_is_two_lines_in_a_file(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["generate.py", "--image", IMAGE, "--prompt", "What?"])
     PROGRAMS["generate"].main()
     assert capsys.readouterr().err.count("\n") == 3
+
+
+class Stream(io.StringIO):
+    """One of two streams to the same terminal, whose texts are kept in the order in which they came."""
+
+    def __init__(self, texts: list[tuple["Stream", str]]):
+        super().__init__()
+        self.texts = texts
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        self.texts.append((self, text))
+        return len(text)
+
+
+@pytest.mark.parametrize("method", ["none", "sgl", "attention_matching"])
+def test_progress_is_gone_when_an_answer_begins(monkeypatch, method):
+    """Also with a method that asks a second model, and with one that works after prefill."""
+    texts = []
+    out, err = Stream(texts), Stream(texts)
+    monkeypatch.setattr(terminal, "PATIENCE", 0.0)
+    monkeypatch.setattr(terminal, "INTERVAL", 0.0001)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    monkeypatch.setattr(sys, "argv", ["generate.py", "--image", IMAGE, "--prompt", "Describe the picture.",
+                                      "--prune", method, "--max-new-tokens", "20"])
+    PROGRAMS["generate"].main()
+    answered = [i for i, (stream, text) in enumerate(texts) if stream is out and text.strip()]
+    assert len(answered) > 5
+    before = "".join(text for _, text in texts[:answered[0]])
+    assert "\rloading" in before or "\rencoding" in before
+    *_, last, end = before.rpartition("\n")[2].split("\r")
+    assert last.strip() == end == ""
+    assert not [text for stream, text in texts[answered[0]:answered[-1]] if stream is err]
