@@ -62,6 +62,7 @@ from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
 from weights.quantize import check_quantize
+from weights.room import check_answer
 from weights.stop_texts import StopTexts, check_stops
 from weights.tokenizer import ChatTokenizer, messages
 
@@ -154,8 +155,7 @@ class Assistant:
         real = self.model.image_tokens([self.processor.grid(image) for image in images])
         slots = len(images) * config.max_num_tiles * config.tokens_per_tile
         clock = Clock(self.model.device)
-        track = tracked_encoder(self.model.vision_model, tiles, self.progress)
-        with torch.inference_mode(), self.peak, track:
+        with torch.inference_mode(), self.peak, tracked_encoder(self.model, tiles, self.progress):
             tokens = self.model.encode([tiles], keep_states or pruner.keep_states)
         return EncodedImages(tiles, tokens, clock.lap(), slots, real)
 
@@ -173,10 +173,11 @@ class Assistant:
         if not conversations:
             raise ValueError("there is no conversation to answer: give at least one")
         prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
+        check_answer(self.model, prompts, encoded.tokens, max_new_tokens)
         answers = StopTexts(self.tokenizer, stop, len(prompts), emit)
         pruner = on_device(pruner, self.devices)
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
-        with self.peak, tracked_decoder(self.model.language_model, self.progress):
+        with self.peak, tracked_decoder(self.model, self.progress):
             answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
                          self.tokenizer.stop_ids, sampler.after(prompts), answers.push, pruner, self.decode)
         answer.tokens, answer.texts = answers.finish(answer.tokens)

@@ -185,11 +185,13 @@ def tensors(value: object) -> Iterator[Tensor]:
 
 
 def machine(device: torch.device) -> dict[str, object]:
-    """The hardware, without the host's name: the GPU, or the CPU and the number of threads."""
+    """The hardware, without the host's name: the GPU, or the CPU, its instructions and the threads."""
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return {"gpu": torch.cuda.get_device_name(device), "gpu_memory_bytes": memory, "cpu": _cpu_name()}
-    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads()}
+    without = is_slow(torch.bfloat16, device)
+    return {"cpu": _cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "instructions": torch.backends.cpu.get_cpu_capability() + ", none for bf16" * without}
 
 
 def _cpu_name() -> str:

@@ -9,6 +9,7 @@ B batch, T text tokens, N image tokens, D model width.
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from PIL import Image
@@ -17,23 +18,18 @@ from torch import Tensor, nn
 from benchmarks.peer import Peer, PeerImage
 from model.answer import Answer
 from model.cache import Cache
-from model.config import Config, RopeScaling, TextConfig, VisionConfig
+from model.config import Config, VisionConfig
 from model.image_tokens import Grid, ImageTokens, Tiles
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY
 from pruning import Pruner
 from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
+from weights.shapes import OFFICIAL
 from weights.wide import is_slow, widen
 
-ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
-NINETY = replace(ELEVEN, text=replace(
-    ELEVEN.text, hidden_size=8192, intermediate_size=28672, num_attention_heads=64, num_hidden_layers=100,
-    cross_attention_layers=tuple(range(3, 100, 5))))
 SHAPES: dict[str, Callable[[], Config]] = {
-    "11b": lambda: ELEVEN, "90b": lambda: NINETY,
-    "11b-base": lambda: replace(ELEVEN, vision=VisionConfig()),         # base models: tiles of 448 pixels
-    "90b-base": lambda: replace(NINETY, vision=VisionConfig()),
+    **{name: partial(OFFICIAL.get, name) for name in OFFICIAL},
     "tiny": lambda: read_config(find_checkpoint("tiny"))}
 VISION_LAYERS = 2                               # of each kind, in a slice
 BEFORE_IMAGE = 5                                # prompt tokens before the image, as chat templates have it

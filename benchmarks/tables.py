@@ -170,7 +170,10 @@ def dash(value: object, show=str) -> str:
 
 def page(files: dict[str, dict]) -> str:
     """The page of all measurements, by the names of their files."""
-    parts = ["# Measured\n", "Made from the JSON files in `results/` by `python benchmark.py --report`.\n"]
+    parts = ["# Measured\n",
+             "Made from the JSON files in `results/` by `python benchmark.py --report`. Figures hold for the "
+             "instruction set of their CPU: files that do not name it are from one with AVX512 and its "
+             "instructions for bf16.\n"]
     if not files:
         parts.append("Nothing has been measured yet.\n")
     for name, made in sorted(files.items()):
@@ -200,7 +203,7 @@ def title(made: dict) -> str:
 def words(key: str, value: object) -> str:
     if key == "gpu_memory_bytes":
         return size(value)
-    return str(value) if key in ("cpu", "gpu") else f"{value} {key}"
+    return str(value) if key in ("cpu", "gpu", "instructions") else f"{value} {key}"
 
 
 def markdown(table: Table) -> list[str]:

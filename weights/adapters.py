@@ -30,6 +30,7 @@ class Merged(Stored):
     asked: torch.dtype | None                   # what the model will have, None for `kind`
     changes: list[LowRank]
     is_bias: bool = False                       # what is added are the biases of the changes
+    maps = False
 
     @property
     def shape(self) -> list[int]:

@@ -32,6 +32,7 @@ from weights.names import EMBEDDING, HEAD, official_name
 from weights.progress import Progress, gigabytes, silent
 from weights.quantize import check_quantize, fill, quantized_layers
 from weights.quantized_linear import Int8Linear, QuantizedLinear
+from weights.room import check_weights
 from weights.safetensors_file import STORED
 from weights.stored import Stored
 from weights.wide import is_slow, widen
@@ -74,6 +75,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     if is_slow(dtype, devices[0]):
         widen(model)
     placement = Placement(model, devices, dtype, offload)
+    check_weights(found, layers, placement, dtype, folder)
     state = _read(found, layers, placement, dtype, folder, progress)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
         tie(state, layers, config.text.vocab_size)

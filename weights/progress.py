@@ -13,6 +13,7 @@ from torch import nn
 from model.decoder import Decoder
 from model.image_tokens import Tiles
 from model.layers import untracked
+from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder
 
 Report = Callable[[int, int], None]
@@ -57,15 +58,17 @@ def tracked(module: VisionEncoder | Decoder, total: int, progress: Progress, wha
             module.track = untracked
 
 
-def tracked_encoder(encoder: VisionEncoder, tiles: Tiles, progress: Progress) -> AbstractContextManager[None]:
+def tracked_encoder(model: LlamaVision, tiles: Tiles, progress: Progress) -> AbstractContextManager[None]:
     """Images with equal grids of tiles are encoded together; the last layer of all follows at once."""
     grids = [tuple(grid) for grid in tiles.grid.tolist()]
     count = sum(rows * columns for rows, columns in grids)
-    layers = encoder.config.num_hidden_layers + encoder.config.num_global_layers - 1
-    return tracked(encoder, len(set(grids)) * layers, progress,
+    c = model.config.vision
+    layers = c.num_hidden_layers + c.num_global_layers - 1
+    return tracked(model.vision_model, len(set(grids)) * layers, progress,
                    f"encoding {count} tile{'s' * (count != 1)}, layer")
 
 
-def tracked_decoder(decoder: Decoder, progress: Progress) -> AbstractContextManager[None]:
+def tracked_decoder(model: LlamaVision, progress: Progress) -> AbstractContextManager[None]:
     """Prefill; decoding is not tracked."""
+    decoder = model.language_model
     return tracked(decoder, len(decoder.layers), progress, "reading the prompt, layer")

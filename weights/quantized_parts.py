@@ -26,6 +26,7 @@ class Quantized(Stored):
     `default` is the dtype that most of the checkpoint's other tensors have: that of the result, if the format
     does not name one. A kind has its `method`, its parts, `layout`, which checks them, and `rows`.
     """
+    maps = False
     method: str
     required: tuple[str, ...]
     optional: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ class Stored:
     """A parameter that is one tensor of a file."""
     shard: Shard
     name: str                                   # in the file
+    maps = True                                 # whether `read` gives the mapped file, and no copy
     layer = None                                # what a weight in 8 or 4 bits is for: a QuantizedLinear class
 
     @property

@@ -13,6 +13,7 @@ from benchmarks.timed import Timed
 from generate import generate
 from model.decoder import CrossAttentionLayer
 from pruning import Pruner, load
+from weights.wide import is_slow
 
 pytestmark = pytest.mark.usefixtures("small_measurements")
 
@@ -71,7 +72,10 @@ def test_peak_counts_memory_that_a_job_frees_again():
 
 def test_the_machine_has_no_name_of_its_own():
     assert platform.node() not in str(measure.machine(CPU))
-    assert measure.machine(CPU)["threads"] == torch.get_num_threads()
+    machine = measure.machine(CPU)
+    assert machine["threads"] == torch.get_num_threads()
+    assert machine["instructions"].startswith(torch.backends.cpu.get_cpu_capability())
+    assert ("none for bf16" in machine["instructions"]) == is_slow(torch.bfloat16, CPU)
 
 
 # ----- what is timed
