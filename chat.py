@@ -23,6 +23,7 @@ from pruning import METHODS, Pruner, hooks
 from terminal import say_wrapped, took
 from weights.image_source import is_path
 from weights.messages import one_line, quoted
+from weights.ranks import Ranks
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, messages
 
@@ -45,12 +46,14 @@ class Chat:
 
     def __init__(self, args: argparse.Namespace, tokenizer: ChatTokenizer, ask: Callable[..., Answer],
                  encode: Callable[[list[Image.Image], Pruner | None], EncodedImages],
-                 opening: list[Image.Image], encoded: EncodedImages, pruner: Pruner | None):
+                 opening: list[Image.Image], encoded: EncodedImages, pruner: Pruner | None,
+                 ranks: Ranks | None = None):
         self.args = args
         self.tokenizer = tokenizer
         self.ask = ask
         self.encode = encode
         self.pruner = pruner
+        self.ranks = ranks or Ranks()
         self.beginning = [] if args.system is None else [{"role": "system", "content": args.system}]
         self.told_of_folding = False
         self.opening = opening
@@ -69,7 +72,7 @@ class Chat:
         say_model(self.args.model)
         say("Ask; an empty line or Ctrl-D ends, /help shows more.")
         lines = Lines()
-        while (line := lines.next()) not in ("", "/quit"):
+        while (line := self.ranks.first(lines.next)) not in ("", "/quit"):
             try:
                 if line.startswith("/") and not line.startswith("//"):
                     self.obey(line)
@@ -129,7 +132,7 @@ class Chat:
         """Only the new image is encoded."""
         if not rest:
             raise ValueError("/image needs the PATH of an image, or its URL")
-        [image] = read_images([typed_path(rest)])
+        [image] = self.ranks.first(lambda: read_images([typed_path(rest)]))
         encoded = self.encode([image], self.pruner)
         self.encoded = self.encoded.join(encoded)
         self.later.append(image)

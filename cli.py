@@ -18,11 +18,12 @@ from model.llama_vision import LlamaVision
 from model.sampling import Sampler
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
+from pruning.visualize import MAP_SUFFIXES
 from terminal import Progress, say_wrapped
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling
-from weights.image_source import images_from
+from weights.image_source import images_from, is_path
 from weights.messages import named, quoted, reason
 from weights.quantize import weights_words
 from weights.wide import wide_words
@@ -101,6 +102,15 @@ def check_output(option: str, path: Path | None, suffixes: tuple[str, ...] = ())
         raise ValueError(f"{name}: this file is write-protected; choose another name")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise ValueError(f"{name}: nothing can be written in this folder; choose another one")
+
+
+def check_map(path: Path, images: list[str], prompts: int):
+    """The same for --save-map, which draws over these images."""
+    if prompts != 1 or not images:
+        raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
+    check_output("--save-map", path, MAP_SUFFIXES)
+    if path.resolve() in [Path(image).resolve() for image in filter(is_path, images)]:
+        raise ValueError(f"--save-map {named(path)}: this is the image; choose another name")
 
 
 @contextmanager

@@ -53,6 +53,7 @@ from weights import find_checkpoint
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.files import read_bytes
 from weights.messages import quoted
+from weights.ranks import Ranks, join
 from weights.tokenizer import messages
 
 MAX_NEW_TOKENS = 64
@@ -72,7 +73,7 @@ def evaluate(assistant: Assistant, exam: Exam, pruners: Sequence[Pruner] = (Prun
     Those that `store` has already are not asked again, and each new one is added to it. `elsewhere`
     has the new ones if other processes make them, None for one that is to be made here.
     """
-    records = list(store.records) if store else []
+    records = assistant.ranks.first(lambda: list(store.records) if store else [])
     known = len(records)
     with Progress("images") as report:
         report(known, len(exam))
@@ -159,15 +160,17 @@ def command(args: argparse.Namespace):
     pruners = plan(args.prune, args.keep, args.set)
     check(args, pruners)
     settings = settings_of(args, pruners)
-    store = None if args.json is None else Store(args.json.resolve(), settings)
-    made = store.finished() if store and args.plot else None
+    ranks = join(args.device)
+    writes = ranks.rank == 0
+    store = Store(args.json.resolve(), settings) if args.json is not None and writes else None
+    made = ranks.first(lambda: store.finished() if store and args.plot else None)
     if made is None:
-        made = measure(args, settings, pruners, store)
+        made = measure(args, settings, pruners, store, ranks)
     else:
         say_wrapped(f"{args.json} holds the answers of this command already; delete it to ask again")
     if args.prune is not None:
         print(table(made, stdout_width()))
-    if args.plot is not None:
+    if args.plot is not None and writes:
         with writing("--plot", args.plot) as file:
             plot(made, file)
 
@@ -194,6 +197,8 @@ def check(args: argparse.Namespace, pruners: list[Pruner]):
     for kind in kinds_of(args):
         if kind not in KINDS:
             raise ValueError(f"--kinds: no question is of kind {quoted(kind)}; choose of {', '.join(KINDS)}")
+    if args.jobs is not None and program.processes() > 1:
+        raise ValueError("--jobs is for models that one process holds: leave it out under torchrun")
     if args.prune is not None and args.skip_layer is not None:
         raise ValueError("--skip-layer is of the full model: it does not go with --prune")
     check_output("--json", args.json)
@@ -238,10 +243,11 @@ def fingerprint(folder: Path, config: str = "config.json") -> int:
     return value
 
 
-def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None) -> dict:
+def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None,
+            ranks: Ranks) -> dict:
     """Ask, or go on asking, and store the figures; those of the full model alone are printed at once."""
     with store or nullcontext():
-        exam, assistant, opened = prepare(args)
+        exam, assistant, opened = prepare(args, ranks)
         if store:
             store.check(exam, len(pruners), None if args.prune is None else len(opened))
         left = range(len(store.records) if store else 0, len(exam))
@@ -259,10 +265,11 @@ def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], sto
     return made
 
 
-def prepare(args: argparse.Namespace) -> tuple[Exam, Assistant, list[tuple[float, float]]]:
+def prepare(args: argparse.Namespace,
+            ranks: Ranks | None = None) -> tuple[Exam, Assistant, list[tuple[float, float]]]:
     """What is asked, who answers, and the gates before any of them was closed."""
     exam = make_exam(args.questions, SPLITS[args.split], kinds_of(args))
-    assistant = Assistant(args.model, **model_options(args))
+    assistant = Assistant(args.model, ranks=ranks, **model_options(args))
     say_how(assistant.model, args, assistant.adapters)
     opened = gates(assistant.model)
     if args.skip_layer is not None:
@@ -278,7 +285,7 @@ def examiner(args: argparse.Namespace) -> Callable[[int], dict]:
 
 
 def main():
-    program.run(command, arguments)
+    program.run(command, arguments, together=True)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from cli import (
     add_model_options,
     add_sampling,
     catalogue,
-    check_output,
+    check_map,
     model_options,
     parse_pruner,
     parse_sampler,
@@ -50,18 +50,18 @@ from model.sampling import GREEDY, Sampler, Transcript
 from program import say, write
 from pruning import Pruner, check_pruner
 from pruning.on_device import on_device
+from pruning.over_ranks import over_ranks
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
 from weights import find_checkpoint, load_model, parse_devices, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
 from weights.guard import MOST_TOKENS, Guard, Verdict
-from weights.image_source import is_path
 from weights.images import ImageProcessor
-from weights.messages import named
 from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
 from weights.quantize import check_quantize
+from weights.ranks import Ranks, join
 from weights.room import check_answer
 from weights.stop_texts import StopTexts, check_stops
 from weights.tokenizer import ChatTokenizer, messages
@@ -120,22 +120,23 @@ class Assistant:
 
     def __init__(self, source: str, device: str | None = None, dtype: str | None = None,
                  revision: str | None = None, compile: bool = False, adapters: Sequence[str | Path] = (),
-                 offload: bool = False, quantize: str | None = None, progress: Progress = silent):
+                 offload: bool = False, quantize: str | None = None, progress: Progress = silent,
+                 ranks: Ranks | None = None):
         began = time.perf_counter()
-        self.devices = parse_devices(device)    # all before a download that may take an hour
+        self.ranks = ranks or Ranks()
+        self.devices = parse_devices(self.ranks.device or device)       # all before a long download
         dtype = parse_dtype(dtype)
         check_quantize(quantize, self.devices[0], dtype)
         if compile and (offload or len(self.devices) > 1):
             raise ValueError("the decode step can only be compiled where all weights are on one device: "
                              "leave out compiling, offloading or the other devices")
         self.adapters = find_adapters(adapters)     # small downloads before a large one
-        folder = find_checkpoint(source, revision, self.adapters)
-        self.folder = folder
+        folder = self.folder = find_checkpoint(source, revision, self.adapters)
         self.progress = progress
         self.peak = PeakMemory()
         with self.peak:
             self.model = load_model(folder, device, dtype, adapters=self.adapters, offload=offload,
-                                    quantize=quantize, progress=progress)
+                                    quantize=quantize, progress=progress, ranks=ranks)
         self.tokenizer = ChatTokenizer.from_folder(folder, self.model.config, text_folder(self.adapters))
         self.processor = ImageProcessor.from_folder(folder, self.model.config.vision)
         self.decode = self.model.decode
@@ -172,14 +173,15 @@ class Assistant:
         """
         if not conversations:
             raise ValueError("there is no conversation to answer: give at least one")
-        prompts = [self.tokenizer.encode(conversation, date, policy) for conversation in conversations]
-        check_answer(self.model, prompts, encoded.tokens, max_new_tokens)
+        prompts = self.ranks.first(lambda: [self.tokenizer.encode(c, date, policy) for c in conversations])
+        self.ranks.check(partial(check_answer, self.model, prompts, encoded.tokens, max_new_tokens))
         answers = StopTexts(self.tokenizer, stop, len(prompts), emit)
-        pruner = on_device(pruner, self.devices)
+        pruner = over_ranks(on_device(pruner, self.devices), self.ranks)
         run = generate if not isinstance(pruner, Pruner) else pruner.around(generate)
+        sample = self.ranks.alike(sampler.after(prompts))
         with self.peak, tracked_decoder(self.model, self.progress):
             answer = run(self.model, prompts, encoded.expand(len(prompts)), max_new_tokens,
-                         self.tokenizer.stop_ids, sampler.after(prompts), answers.push, pruner, self.decode)
+                         self.tokenizer.stop_ids, sample, answers.push, pruner, self.decode)
         answer.tokens, answer.texts = answers.finish(answer.tokens)
         answer.peak_memory, answer.mapped_memory = self.peak.figures(self.model.device)
         answer.ms = {**self.ms, "encode": encoded.ms, **answer.ms}
@@ -208,10 +210,8 @@ class Assistant:
 
 # ----- the command line
 
-
 EXAMPLES = ('python generate.py --image examples/tall.png --prompt "Where is the star?"',
             "python generate.py --image examples/shapes.png --prune fastv --keep 0.25")
-MAP_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"
 
 
 def arguments() -> argparse.Namespace:
@@ -252,20 +252,18 @@ def command(args: argparse.Namespace):
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     parse_sampler(args)
     check_stops(args.stop)
-    chatting = not args.prompt and sys.stdin is not None and sys.stdin.isatty()
+    ranks = join(args.device)
+    chatting = ranks.first(lambda: not args.prompt and sys.stdin is not None and sys.stdin.isatty())
     if chatting and (args.json or args.guard):
         raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
-    images = read_images(args.image)
-    prompts = args.prompt or ([] if chatting else [piped_prompt(bool(images) and not args.guard)])
+    images = ranks.first(partial(read_images, args.image))
+    about = bool(images) and not args.guard
+    prompts = args.prompt or ([] if chatting else [ranks.first(partial(piped_prompt, about))])
     policy = parse_policy(args, len(prompts))
     if args.save_map is not None:
-        if len(prompts) != 1 or not images:
-            raise ValueError("--save-map draws one answer about an image: give --image and one --prompt")
-        check_output("--save-map", args.save_map, MAP_SUFFIXES)
-        if args.save_map.resolve() in [Path(path).resolve() for path in filter(is_path, args.image)]:
-            raise ValueError(f"--save-map {named(args.save_map)}: this is the image; choose another name")
+        check_map(args.save_map, args.image, len(prompts))
         pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
-    assistant = Assistant(args.model, compile=args.compile, **model_options(args))
+    assistant = Assistant(args.model, compile=args.compile, ranks=ranks, **model_options(args))
     sampler = parse_sampler(args, assistant.folder)
     say_how(assistant.model, args, assistant.adapters)
     guard = None if policy is None else Guard(assistant.tokenizer, policy)
@@ -276,21 +274,22 @@ def command(args: argparse.Namespace):
     ask = partial(assistant.answer, max_new_tokens=args.max_new_tokens, sampler=sampler, date=args.date,
                   policy=policy, stop=args.stop)
     if chatting:
-        return Chat(args, assistant.tokenizer, ask, assistant.encode_images, images, encoded, pruner).run()
+        return Chat(args, assistant.tokenizer, ask, assistant.encode_images, images, encoded, pruner,
+                    ranks).run()
     ask = partial(ask, encoded=encoded, pruner=pruner)
     conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
     if guard is not None:
         print_verdicts(args, guard, ask, encoded, pruner, conversations)
     else:
         print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
-    if args.save_map is not None:
+    if args.save_map is not None and ranks.rank == 0:
         draw = attention_map if args.map == "attention" else kept_map
         with writing("--save-map", args.save_map) as file:
             draw(images, assistant.processor, pruner, str(pruner)).save(file)
 
 
 def main():
-    program.run(command, arguments)
+    program.run(command, arguments, together=True)
 
 
 if __name__ == "__main__":

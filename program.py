@@ -10,6 +10,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 
 MOST_LETTERS = 1000         # of an error message
 
@@ -32,12 +33,21 @@ def end_at_once(number: int, frame: object):
     os._exit(130)
 
 
-def run(command: Callable, arguments: Callable):
+def run(command: Callable, arguments: Callable, together: bool = False):
     """`command(arguments())`; errors become one line on stderr and exit code 2, as `fail` does.
 
     Ctrl-C ends it with exit code 130, a reader of stdout that has gone away with 141, both without a word.
-    A pruner of the user's own is a program: where it fails, its author gets the traceback.
+    A pruner of the user's own is a program: where it fails, its author gets the traceback. `together` says
+    that the program can run in several processes (`weights/ranks.py`).
     """
+    if processes() > 1:
+        run_with_others(command, arguments, together)
+    else:
+        run_alone(command, arguments)
+
+
+def run_alone(command: Callable, arguments: Callable):
+    """`run` in one process."""
     early = signal.getsignal(signal.SIGINT) is end_at_once
     if early:
         signal.signal(signal.SIGINT, signal.default_int_handler)     # files are closed and removed first
@@ -55,12 +65,62 @@ def run(command: Callable, arguments: Callable):
         raise SystemExit(141) from None
     except Exception as error:
         if not is_of_the_user(error) or is_in_a_pruner_of_the_user(error):
+            claim_the_word()
             raise
         discard_output()
         fail(words_of(error))
     finally:
         if early:
             signal.signal(signal.SIGINT, end_at_once)
+
+
+# ----- several processes, which torchrun starts
+
+
+def processes() -> int:
+    """How many of them there are; 1 without torchrun."""
+    number = os.environ.get("WORLD_SIZE", "")
+    return int(number) if number.isdigit() and "RANK" in os.environ else 1
+
+
+def run_with_others(command: Callable, arguments: Callable, together: bool):
+    """`run` in one process of several: rank 0 speaks, of those that fail the first one, and Ctrl-C ends all.
+
+    Each ends at once: Python's own way out may wait for the others.
+    """
+    reserve_descriptors()
+    signal.signal(signal.SIGINT, end_at_once)
+    if os.environ["RANK"] != "0":
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")   # noqa: SIM115
+    code: object = 0
+    try:
+        if not together:
+            fail("torchrun is for generate.py and evaluate.py: start this program with python")
+        run_alone(command, arguments)
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    for stream in sys.stdout, sys.stderr:
+        with suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code if isinstance(code, int) else 0)
+
+
+def claim_the_word():
+    """Of several processes that fail, the first may say why; the others, which fail because it did, or of the
+    same fault, end here."""
+    if processes() == 1:
+        return
+    from weights.ranks import is_first  # here, because it imports torch
+
+    if not is_first("failure"):
+        raise SystemExit(2)
+    sys.stderr = sys.__stderr__
+
+
+# ----- streams
 
 
 def reserve_descriptors():
@@ -95,7 +155,15 @@ def discard_output():
 
 def is_of_the_user(error: Exception) -> bool:
     """Whether an error comes from what the user passed, or from the machine. Others are faults of ours."""
-    return isinstance(error, (ValueError, OSError, OverflowError, RecursionError)) or is_out_of_memory(error)
+    kinds = ValueError, OSError, OverflowError, RecursionError
+    return isinstance(error, kinds) or is_out_of_memory(error) or is_of_other_processes(error)
+
+
+def is_of_other_processes(error: Exception) -> bool:
+    """Whether another process of this run has ended, or does not answer; gloo has no class for that."""
+    words = "gloo", "nccl", "store", "process group"
+    return processes() > 1 and isinstance(error, RuntimeError) and (
+        type(error).__name__.startswith("Dist") or any(word in str(error).lower() for word in words))
 
 
 def is_out_of_memory(error: Exception) -> bool:
@@ -122,6 +190,9 @@ def words_of(error: Exception) -> str:
     """What to say of an error."""
     if is_out_of_memory(error):
         return f"out of memory: try a smaller model, --dtype bf16, or less at once ({error or 'MemoryError'})"
+    if is_of_other_processes(error):
+        return ("another process of this run has ended, or did not answer in time: look at what it said, and "
+                "start all of them again")
     if isinstance(error, OSError):
         where = "reading or writing failed" if error.filename is None else error.filename
         return f"{where}: {error.strerror or error}"
@@ -147,6 +218,7 @@ def fail(message: object):
     """One line on stderr of bounded length, exit code 2."""
     from weights.messages import one_line  # here, because it imports torch
 
+    claim_the_word()
     words = [word if len(word) < 250 else f"{word[:60]}…{word[-60:]}" for word in str(message).split()]
     try:
         say(f"error: {one_line(' '.join(words), MOST_LETTERS)}")

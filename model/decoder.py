@@ -51,10 +51,11 @@ class Decoder(nn.Module):
     def new_cache(self, lengths: list[int], capacity: int) -> Cache:
         """Room for `capacity` tokens in each sequence, for prompts of these lengths."""
         c = self.config
-        shape = len(lengths), c.num_key_value_heads, rounded_up(capacity), c.head_dim
-        own = [layer.input_layernorm.weight for layer in self.layers if isinstance(layer, SelfAttentionLayer)]
-        keys = [like.new_zeros(shape) for like in own]
-        values = [like.new_zeros(shape) for like in own]
+        layers = [layer for layer in self.layers if isinstance(layer, SelfAttentionLayer)]
+        room = rounded_up(capacity)
+        keys, values = ([layer.input_layernorm.weight.new_zeros(len(lengths), layer.self_attn.kv_heads, room,
+                                                                c.head_dim) for layer in layers]
+                        for _ in range(2))
         device = self.embed_tokens.weight.device
         positions = torch.tensor(lengths, device=device)
         return Cache(keys, values, positions, rotary_frequencies(c, device))

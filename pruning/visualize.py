@@ -15,6 +15,8 @@ from pruning.sheet import cell, sheet
 from pruning.view import coords_of, remarks, views_of
 from weights.images import ImageProcessor
 
+MAP_SUFFIXES = ".png", ".jpg", ".jpeg", ".webp"         # of the files that a map may be written to
+
 
 def kept_map(images: list[Image.Image], processor: ImageProcessor, recorder: Recorder,
              title: str) -> Image.Image:

@@ -6,6 +6,7 @@ Formats that store a parameter otherwise than as one tensor of floating-point nu
 own, whose `read` gives the numbers. Everything after this file sees parameters only.
 """
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from weights.rounded import is_scale, rounded
 from weights.safetensors_file import INDEX, QUANTIZED, SINGLE, Shard
 from weights.stored import Stored
 
+SAMPLES, NUMBERS = 16, 64               # for a fingerprint: parameters, and numbers of each
 PLAIN_NAME = re.compile(r"[^/\\]+\.safetensors")
 
 
@@ -85,3 +87,12 @@ def _read_index(path: Path) -> dict[str, str]:
             raise ValueError(f"{named(path)}: it names {quoted(file)}, which is not a safetensors file in "
                              f"the same folder; {again(path)}")
     return weight_map
+
+
+def fingerprint(found: dict[str, Stored]) -> int:
+    """A number that other checkpoints hardly share: of all names, and of some numbers of some parameters."""
+    names = sorted(found)
+    value = zlib.crc32(str([(name, found[name].shape, found[name].dtype) for name in names]).encode())
+    for name in names[::-(-len(names) // SAMPLES)]:
+        value = zlib.crc32(str(found[name].read().flatten()[:NUMBERS].tolist()).encode(), value)
+    return value

@@ -29,9 +29,12 @@ from weights.files import again
 from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
+from weights.parallel import connect, divide
+from weights.part import Part
 from weights.progress import Progress, gigabytes, silent
 from weights.quantize import check_quantize, fill, quantized_layers
 from weights.quantized_linear import Int8Linear, QuantizedLinear
+from weights.ranks import Ranks
 from weights.room import check_weights
 from weights.safetensors_file import STORED
 from weights.stored import Stored
@@ -40,19 +43,20 @@ from weights.wide import is_slow, widen
 
 def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
                dtype: str | torch.dtype | None = None, revision: str | None = None,
-               adapters: Sequence[str | Path] = (), offload: bool = False,
-               quantize: str | None = None, progress: Progress = silent) -> LlamaVision:
+               adapters: Sequence[str | Path] = (), offload: bool = False, quantize: str | None = None,
+               progress: Progress = silent, ranks: Ranks | None = None) -> LlamaVision:
     """The model of a checkpoint ('tiny', a folder or a hub id) in eval mode, ready to run or to fine-tune.
 
     dtype None is the checkpoint's own; where it mixes several, the one that most weights have. LoRA adapters
     (folders or hub ids) are merged in their order; 'none' is for weights that have merged one already.
     Parameters require gradients as in any nn.Module, unless weights are in several places: several devices
-    "cuda:0,cuda:1" share the decoder's layers, and with `offload` what does not fit on a GPU stays in the
-    CPU's memory; or unless linear layers have 8 or 4 bits, because `quantize` asks for it (one of
-    `weights.quantize.WAYS`) or the checkpoint stores them so. Raises ValueError with one line for whatever is
-    wrong with the arguments or the files, and where memory does not suffice.
+    "cuda:0,cuda:1" share the decoder's layers, with `offload` what does not fit on a GPU stays in the CPU's
+    memory, and of several `ranks` each has its share of all layers; or unless they have 8 or 4 bits,
+    because `quantize` asks for it (one of `weights.quantize.WAYS`) or the checkpoint has them so. Raises
+    ValueError with one line for whatever is wrong with the arguments or files, or where memory is too small.
     """
-    devices = parse_devices(device)                     # before a download that may take an hour
+    ranks = ranks or Ranks()
+    devices = parse_devices(ranks.device or device)     # before a download that may take an hour
     dtype = parse_dtype(dtype)
     check_quantize(quantize, devices[0], dtype)
     adapters = find_adapters(adapters)
@@ -71,6 +75,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
     dtype = own_dtype if dtype is None else dtype
+    found = divide(model, found, ranks)
     layers = quantized_layers(model, found, quantize, devices[0], dtype)
     if is_slow(dtype, devices[0]):
         widen(model)
@@ -78,12 +83,13 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     check_weights(found, layers, placement, dtype, folder)
     state = _read(found, layers, placement, dtype, folder, progress)
     if tied:                                            # rows after the vocabulary (<|image|>) have no logit
-        tie(state, layers, config.text.vocab_size)
+        tie(state, layers, ranks.part(state[EMBEDDING][:config.text.vocab_size], 0))
     for name, layer in layers.items():
         state |= layer.named_buffers(name.removesuffix(".weight"))
     model.load_state_dict(state, assign=True)
     model.eval().requires_grad_(not layers)
     placement.connect(model)
+    connect(model, ranks)
     return model
 
 
@@ -105,7 +111,7 @@ class _Unfilled(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _read(found: dict[str, Stored], layers: dict[str, QuantizedLinear], placement: Placement,
+def _read(found: dict[str, Stored | Part], layers: dict[str, QuantizedLinear], placement: Placement,
           dtype: torch.dtype, folder: Path, progress: Progress) -> dict[str, Tensor]:
     """The parameters: views of the mapped files where device and dtype are theirs, else one copy of each.
     Those of quantised layers are filled in there."""
@@ -128,9 +134,8 @@ def _read(found: dict[str, Stored], layers: dict[str, QuantizedLinear], placemen
     return state
 
 
-def tie(state: dict[str, Tensor], layers: dict[str, QuantizedLinear], vocabulary: int):
-    """Give the head the first rows of the embedding: the same memory, or a copy in 8 bits."""
-    rows = state[EMBEDDING][:vocabulary]
+def tie(state: dict[str, Tensor], layers: dict[str, QuantizedLinear], rows: Tensor):
+    """Give the head these rows of the embedding: the same memory, or a copy in 8 bits."""
     if HEAD in layers:
         layers[HEAD].fill(Int8Linear.rounded(rows, rows.dtype), rows.device, rows.dtype)
     else:

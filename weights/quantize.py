@@ -15,7 +15,6 @@ from torch import nn
 from model.llama_vision import LlamaVision
 from weights.messages import quoted
 from weights.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
-from weights.rounded import Rounded
 from weights.stored import Stored
 
 KINDS = {"int8": Int8Linear, "int4": Int4Linear}
@@ -95,7 +94,7 @@ def fill(layer: QuantizedLinear, stored: Stored, works_on: torch.device, kept_on
          dtype: torch.dtype):
     """Give a layer its weight: what is stored, or else the numbers that are stored, rounded on the device
     that it works on. It may be kept on another one, for copies."""
-    if isinstance(stored, Rounded):
+    if stored.layer is not None:
         layer.fill(stored.parts(), works_on, dtype)
     else:
         layer.fill(layer.rounded(stored.read().to(works_on), dtype), works_on, dtype)

@@ -1,0 +1,70 @@
+"""What every rank checks for test_ranks.py."""
+from pathlib import Path
+
+import torch
+from helpers import close
+from torch import nn
+
+from weights import load_model
+from weights.parallel import Gathered, Summed
+from weights.ranks import Ranks, join
+
+FP32 = 1e-4
+
+
+def small_things(folder: Path):
+    """One start of processes for all that takes no time."""
+    ranks = join("cpu")
+    for check in uneven_outputs, inputs_of_all_heads, messages_of_rank_0, tensors_of_rank_0, tied_head:
+        check(ranks, folder)
+    ranks.leave()
+
+
+def uneven_outputs(ranks: Ranks, folder: Path):
+    """A vocabulary may have one row more or less than the ranks divide evenly."""
+    for outputs in 7, 8, 1:
+        torch.manual_seed(0)
+        whole, x = nn.Linear(5, outputs), torch.randn(2, 3, 5)
+        own = nn.Linear(5, len(ranks.part(whole.bias, 0)))
+        own.load_state_dict({name: ranks.part(tensor, 0) for name, tensor in whole.state_dict().items()})
+        close(Gathered(own, ranks, outputs)(x), whole(x))
+
+
+def inputs_of_all_heads(ranks: Ranks, folder: Path):
+    torch.manual_seed(0)
+    whole, x = nn.Linear(6, 4, bias=False), torch.randn(2, 6)
+    own = nn.Linear(3, 4, bias=False)
+    own.weight = nn.Parameter(ranks.part(whole.weight, 1))
+    summed = Summed(own, ranks)
+    close(summed(x), whole(x))
+    close(summed(ranks.part(x, -1)), whole(x))
+
+
+def messages_of_rank_0(ranks: Ranks, folder: Path):
+    assert ranks.first(lambda: ["said", ranks.rank]) == ["said", 0]
+    assert ranks.each(ranks.rank) == [*range(ranks.count)]
+
+    def refuse():
+        raise ValueError(f"not by {ranks.rank}")
+    try:
+        ranks.first(refuse)
+    except ValueError as error:
+        assert str(error) == "not by 0"
+    else:
+        raise AssertionError
+
+
+def tensors_of_rank_0(ranks: Ranks, folder: Path):
+    """Of any shape and kind; None stays None."""
+    own = [torch.full((ranks.rank + 1, 2), float(ranks.rank)), None, torch.tensor([ranks.rank == 0]),
+           torch.ones(3, dtype=torch.bfloat16).expand(2, 3)]
+    zeros, nothing, yes, ones = ranks.from_first(own)
+    assert torch.equal(zeros, torch.zeros(1, 2)) and nothing is None and yes.all()
+    assert torch.equal(ones, own[3])
+
+
+def tied_head(ranks: Ranks, folder: Path):
+    model, alone = load_model(folder, ranks=ranks), load_model(folder)
+    ids = torch.tensor([[1, 2, 3]])
+    close(model(ids, [None]), alone(ids, [None]), FP32)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
