@@ -28,7 +28,7 @@ from weights.messages import named, quoted
 
 # Settings that must be the same in all files; files of before there were splits are about test scenes.
 SAME = {"split": "test", "model": None, "weights": None, "questions": None, "kinds": None, "blur": None,
-        "skip_layer": None, "dtype": None}
+        "skip_layer": None, "dtype": None, "revision": None, "quantize": None, "adapters": None}
 HEAD = ["", "kept", "accuracy", "difference", "95 % interval", ""]
 MARK = "*"
 

@@ -139,6 +139,18 @@ def test_other_weights_are_other_settings(tmp_path):
     assert len(seen | {evaluate.fingerprint(tmp_path)}) == 4
 
 
+def test_another_revision_is_another_setting_and_none_is_as_it_always_was(monkeypatch):
+    asked = []
+    monkeypatch.setattr(evaluate, "find_checkpoint", lambda *given: asked.append(given[1]))
+    monkeypatch.setattr(evaluate, "fingerprint", lambda folder: 1)
+    settings = []
+    for more in [], ["--revision", "v2"]:
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "some/model", *more])
+        settings.append(evaluate.settings_of(evaluate.arguments(), []))
+    assert asked == [None, "v2"]
+    assert settings[1] == settings[0] | {"revision": "v2"} and "revision" not in settings[0]
+
+
 def test_progress_counts_the_images_of_this_run_and_of_those_before(assistant, monkeypatch):
     reported = []
 
