@@ -86,7 +86,8 @@ def test_stored_results(run):
 @pytest.mark.parametrize(("change", "words"), [
     ({"split": "validation"}, "split is 'validation', not 'test' as in"), ({"blur": 4}, "blur is 4, not 0"),
     ({"weights": 2}, "weights is 2"), ({"dtype": "bf16"}, "dtype is 'bf16', not None"),
-    ({"quantize": "int8"}, "quantize is 'int8', not None"), ({"revision": "v2"}, "revision is 'v2', not None"),
+    ({"quantize": "int8"}, "quantize is 'int8', not None"),
+    ({"revision": "v2"}, "revision is 'v2', not None"),
 ])
 def test_other_questions_are_one_line(capsys, run, tmp_path, change, words):
     first = written(tmp_path / "x.json", ROWS, blur=0, weights=1)
