@@ -35,7 +35,8 @@ class FourBits(Quantized):
             raise self.damaged("has a quant_state without the shape of a matrix")
         self.block = self._block(state, "blocksize")
         count = math.prod(shape)
-        item = self._item_size()
+        self.header("weight", tuple(STORED | PACKED))           # of any dtype: bnb_4bit_quant_storage
+        item = self.item_size("weight")
         self.sized("weight", tuple(STORED | PACKED), (count + 1) // (2 * item))
         if count > 2 * item * ((count + 1) // (2 * item)):
             raise self.damaged(f"has the shape {shape}, which does not fill whole elements")
@@ -69,12 +70,6 @@ class FourBits(Quantized):
         if not _size(block) or block % 2:
             raise self.damaged(f"has a quant_state without an even {key}")
         return block
-
-    def _item_size(self) -> int:
-        """Bytes of an element of the stored weight, which has any dtype (bnb_4bit_quant_storage)."""
-        self.header("weight", tuple(STORED | PACKED))
-        stored = self.parts["weight"]
-        return (STORED | PACKED)[stored.shard.entries[stored.name]["dtype"]].itemsize
 
     def _check_nested(self, state: dict, blocks: int):
         if "nested_quant_map" not in self.parts:
@@ -117,14 +112,12 @@ class EightBits(Quantized):
     optional = ("weight_format",)
 
     def layout(self, default: torch.dtype) -> tuple[list[int], torch.dtype]:
-        shape = self.header("weight", ("I8",))
-        if len(shape) != 2:
-            raise self.damaged(f"has the shape {shape}, which is not a matrix's")
+        shape = self.matrix("weight", ("I8",))
         self.sized("SCB", ("F32", "F16", "BF16"), shape[0])
         if "weight_format" in self.parts:
             self.sized("weight_format", ("U8",), 1)
             if self.view("weight_format").item() != 0:
-                raise self.damaged("has a weight_format for one kind of GPU, as old versions wrote")
+                raise self.not_read("is laid out for one kind of GPU, as old versions did")
         return shape, self.result_dtype("SCB", default)
 
     def rows(self, start: int, stop: int) -> Tensor:

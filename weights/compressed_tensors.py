@@ -8,9 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-from weights.quantized_parts import FLOATS, Quantized, of_rows, scaled, unpacked
+from weights.quantized_parts import EIGHT_BITS, FLOATS, Quantized, of_rows, scaled, unpacked
 
-EIGHT_BITS = "F8_E4M3", "F8_E5M2", "I8"
 WIDTHS = 1, 2, 4, 8             # bits; others would straddle bytes
 ACTIVATIONS = "input_scale", "input_zero_point", "output_scale", "output_zero_point"
 
@@ -25,9 +24,7 @@ class Plain(Quantized):
     optional = "weight_zero_point", *ACTIVATIONS
 
     def layout(self, default: torch.dtype) -> tuple[list[int], torch.dtype]:
-        shape = self.header("weight", EIGHT_BITS)
-        if len(shape) != 2 or not all(shape):
-            raise self.damaged(f"has the shape {shape}, which is not a matrix's")
+        shape = self.matrix("weight", EIGHT_BITS)
         self.scale_groups("weight_scale", *shape)
         if "weight_zero_point" in self.parts:
             self.sized("weight_zero_point", EIGHT_BITS + FLOATS, math.prod(self.parts["weight_scale"].shape))
@@ -61,7 +58,7 @@ class Packed(Quantized):
             raise self.damaged(f"has the weight_shape {shape}, but {packed} words")
         widths = [bits for bits in WIDTHS if -(-columns * bits // 32) == packed[1]]
         if len(widths) != 1:
-            raise self.damaged(f"has {packed} words for {shape}: the bits of a weight are none of {WIDTHS}")
+            raise self.not_read(f"has {packed} words for {shape}: the bits of a weight are none of {WIDTHS}")
         self.bits = widths[0]
         self.groups = self.scale_groups("weight_scale", rows, columns)
         self.zero = self.order = None

@@ -24,6 +24,10 @@ PARTS = (                                       # what a weight consists of in f
     (re.compile(r"(.+)\.(SCB|weight_format)"), "bitsandbytes int8"),
     (re.compile(r"(.+)\.(weight_(?:packed|scale|shape|zero_point|g_idx)|(?:in|out)put_(?:scale|zero_point))"),
      "compressed-tensors"),
+    (re.compile(r"(.+)\._weight_(\w+)"), "torchao"),
+    (re.compile(r"(.+)\.(W_q|scale|zero|shape|nbits|group_size|axis|packing|compute_dtype|channel_wise|"
+                r"encoded_state_dict|offload_meta|optimize|quant_(?:scale|zero)|round_zero|stores_quant_config|"
+                r"unpack_view_dtype|view_as_float|zero_scale|(?:scale|zero)_q)"), "HQQ"),
 )
 
 

@@ -13,15 +13,19 @@ import torch
 from weights.bitsandbytes import EightBits, FourBits
 from weights.compressed_tensors import compressed
 from weights.files import again
+from weights.hqq import Hqq
 from weights.messages import named, quoted
 from weights.names import quantization_method, quantized_part
 from weights.quantization_config import quantized
 from weights.stored import Stored
+from weights.torchao import TorchAo
 
 KINDS = {
     "bitsandbytes 4-bit": FourBits,
     "bitsandbytes int8": EightBits,
     "compressed-tensors": compressed,
+    "torchao": TorchAo,
+    "HQQ": Hqq,
 }
 
 

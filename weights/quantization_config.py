@@ -5,9 +5,13 @@ NAMES = {                       # quant_method in config.json: what people call 
     "gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "autoround": "AutoRound", "quark": "AMD Quark",
     "modelopt": "NVIDIA ModelOpt", "fp8": "FP8 in blocks", "fbgemm_fp8": "FBGEMM FP8", "mxfp4": "MXFP4",
     "aqlm": "AQLM", "eetq": "EETQ", "quanto": "Quanto", "higgs": "HIGGS", "spqr": "SpQR", "vptq": "VPTQ",
-    "bitnet": "BitNet", "torchao": "torchao", "hqq": "HQQ", "intel/auto-round": "AutoRound", "exl2": "EXL2"}
+    "bitnet": "BitNet", "intel/auto-round": "AutoRound", "exl2": "EXL2"}
 OWN_METHOD = "trimmed-llama"      # of folders that `python -m weights.quantize` writes
-READ = "bitsandbytes", "compressed-tensors"
+READ = "bitsandbytes", "compressed-tensors", "torchao", "hqq"
+TORCHAO = ("Int8WeightOnlyConfig", "Int8DynamicActivationInt8WeightConfig", "Float8WeightOnlyConfig",
+           "Float8DynamicActivationFloat8WeightConfig", "IntxWeightOnlyConfig",
+           "Int8DynamicActivationIntxWeightConfig", "FqnToConfig", "ModuleFqnToConfig")
+WORDS = "bitsandbytes, compressed-tensors, torchao or HQQ"
 COMPRESSED = ("naive-quantized", "int-quantized", "float-quantized", "pack-quantized", "mixed-precision",
               "dense")
 
@@ -15,7 +19,7 @@ COMPRESSED = ("naive-quantized", "int-quantized", "float-quantized", "pack-quant
 def quantized(method: object) -> str:
     """What to say about a checkpoint in a format that is not read."""
     return (f"the checkpoint is quantized ({one_line(method, 80)}), which is not read here; use the bf16 "
-            f"checkpoint, or one by {', '.join(READ[:-1])} or {READ[-1]}")
+            f"checkpoint, or one by {WORDS}")
 
 
 def refuse_unread(sections: list[dict]):
@@ -41,6 +45,8 @@ def _refuse_details(details: object, usual: str | None):
         raise ValueError(quantized(name or "by an unnamed method"))
     if method == "compressed-tensors":
         _refuse_compressed(details)
+    if method == "torchao":
+        _refuse_torchao(details.get("quant_type"))
 
 
 def _refuse_compressed(details: dict):
@@ -56,3 +62,20 @@ def _refuse_compressed(details: dict):
     sparse = details.get("sparsity_config")
     if isinstance(sparse, dict) and sparse.get("format") not in (None, "dense"):
         raise ValueError(quantized(f"compressed-tensors, {one_line(sparse['format'], 40)}"))
+
+
+def _refuse_torchao(value: object):
+    """Every "_type" that is a config, at any depth, must be of a layout that is read."""
+    names = [value] if isinstance(value, str) else []           # torchao's first way, in pickles only
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            kind = part.get("_type")
+            names += [kind] if isinstance(kind, str) and kind.endswith("Config") else []
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
+    for name in names:
+        if name not in TORCHAO:
+            raise ValueError(quantized(f"torchao, {one_line(name, 50)}"))

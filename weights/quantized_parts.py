@@ -18,6 +18,7 @@ from weights.stored import Stored
 
 HALVES = torch.bfloat16, torch.float16
 FLOATS = "BF16", "F16", "F32"
+EIGHT_BITS = "F8_E4M3", "F8_E5M2", "I8"
 
 
 class Quantized(Stored):
@@ -40,7 +41,7 @@ class Quantized(Stored):
         if missing:
             raise self.damaged(f"lacks its {quoted(missing[0])}")
         if unknown:
-            raise self.damaged(f"has a part {quoted(unknown[0])}, which is not known")
+            raise self.not_read(f"has a part {quoted(unknown[0])}")
         self._shape, self._dtype = self.layout(default)
 
     @property
@@ -80,23 +81,38 @@ class Quantized(Stored):
         stored = self.parts[part]
         kind = stored.shard.entries[stored.name]["dtype"]
         if kind not in kinds:
-            raise self.damaged(f"its {quoted(part)} has the dtype {quoted(kind, 20)}, "
+            raise self.damaged(f"has the dtype {quoted(kind, 20)} in its {quoted(part)}, "
                                f"not {' or '.join(kinds)}")
         return stored.shape
+
+    def matrix(self, part: str, kinds: tuple[str, ...]) -> list[int]:
+        """The shape [N, K] of a part that is a matrix of one of these dtypes."""
+        shape = self.header(part, kinds)
+        if len(shape) != 2 or not all(shape):
+            raise self.damaged(f"has the shape {quoted(shape)}, which is not that of a matrix")
+        return shape
+
+    def item_size(self, part: str) -> int:
+        """Bytes of an element of a part."""
+        stored = self.parts[part]
+        return (STORED | PACKED)[stored.shard.entries[stored.name]["dtype"]].itemsize
 
     def sized(self, part: str, kinds: tuple[str, ...], count: int):
         """Checks that a part has one of these dtypes and so many elements."""
         shape = self.header(part, kinds)
         if math.prod(shape) != count:
-            raise self.damaged(f"its {quoted(part)} has the shape {quoted(shape)}, not {count} elements")
+            raise self.damaged(f"has the shape {quoted(shape)} in its {quoted(part)}, not {count} elements")
 
     def view(self, part: str) -> Tensor:
         """A part as it lies in the file, or a copy where kernels need its alignment."""
         return self.parts[part].read()
 
-    def damaged(self, what: str) -> ValueError:
+    def damaged(self, what: str, remedy: str | None = None) -> ValueError:
         return ValueError(f"{named(self.shard.path)}: tensor {quoted(self.name)}, quantized by "
-                          f"{self.method}, {what}; {again(self.shard.path.parent)}")
+                          f"{self.method}, {what}; {remedy or again(self.shard.path.parent)}")
+
+    def not_read(self, what: str) -> ValueError:
+        return self.damaged(what, "this is not read here: use the bf16 checkpoint")
 
     # ---- scales
 
@@ -109,8 +125,8 @@ class Quantized(Stored):
         if math.prod(shape) == 1 or shape in ([rows], [rows, 1]):
             return 1
         if len(shape) != 2 or shape[0] != rows or not shape[1] or columns % shape[1]:
-            raise self.damaged(f"its {quoted(part)} has the shape {quoted(shape)}, where one for each row or "
-                               f"group of columns of [{rows}, {columns}] is read")
+            raise self.not_read(f"has the shape {quoted(shape)} in its {quoted(part)}, not a number for each "
+                                f"row or group of columns of [{rows}, {columns}]")
         return shape[1]
 
     def result_dtype(self, part: str, default: torch.dtype) -> torch.dtype:

@@ -93,7 +93,7 @@ WEIGHT = "language_model.model.layers.0.mlp.down_proj.weight"
 BIG = struct.pack("<Q", 1 << 62)
 QUANTIZED = {"gptq": "GPTQ", "awq": "AWQ", "auto-round": "AutoRound", "quark": "AMD Quark",
              "fp8": "FP8 in blocks", "fbgemm_fp8": "FBGEMM FP8", "modelopt": "NVIDIA ModelOpt",
-             "torchao": "torchao", "hqq": "HQQ", "something": "something"}
+             "something": "something"}
 BAD = {                                                     # name: (how to spoil it, what the line says)
     "no config": (lambda f: (f / "config.json").unlink(), ["no config.json"]),
     "config not JSON": (write("config.json", b"{"), ["config.json", "JSON"]),

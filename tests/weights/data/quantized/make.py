@@ -32,6 +32,7 @@ VISION = {"hidden_size": 20, "intermediate_size": 24, "attention_heads": 2, "num
           "supported_aspect_ratios": [[1, 1], [1, 2], [2, 1]], "intermediate_layers_indices": [1],
           "vision_output_dim": 40}
 WIDER = {"hidden_size": 48, "intermediate_size": 64}        # whole groups of 16
+NOT_CONVERTED = ["model.vision_model", "model.multi_modal_projector", "lm_head"]
 NOT_QUANTIZED = ["re:.*lm_head", "re:.*multi_modal_projector", "re:.*vision_model.*"]   # as RedHat's have it
 
 
@@ -159,11 +160,11 @@ def integers(bits: int, **options) -> dict:
 # ---- torchao
 
 
-def torchao(make_config: Callable, text: dict = WIDER):
+def torchao(make_config: Callable):
     def make(folder: Path) -> dict[str, Tensor]:
         from transformers import TorchAoConfig
-        plain(text, torch.bfloat16).save_pretrained(folder / "plain")
-        config = TorchAoConfig(make_config())
+        plain({}, torch.bfloat16).save_pretrained(folder / "plain")
+        config = TorchAoConfig(make_config(), modules_to_not_convert=NOT_CONVERTED)
         model = MllamaForConditionalGeneration.from_pretrained(folder / "plain", quantization_config=config,
                                                                dtype=torch.bfloat16)
         model.save_pretrained(folder)
@@ -180,7 +181,7 @@ def hqq(bits: int, group_size: int, axis: int):
     def make(folder: Path) -> dict[str, Tensor]:
         from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
         from transformers import HqqConfig
-        model = plain(WIDER, torch.bfloat16)
+        model = plain({}, torch.bfloat16)
         state = {name: parameter.data for name, parameter in model.named_parameters()}
         config = BaseQuantizeConfig(nbits=bits, group_size=group_size, axis=axis)
         for name, module in list(model.model.language_model.named_modules()):
@@ -207,7 +208,7 @@ def int8_only():
 
 def intx_only():
     from torchao.quantization import IntxWeightOnlyConfig, PerGroup
-    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(16), version=2)
+    return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(4), version=2)
 
 
 def float8_only():
@@ -234,7 +235,7 @@ KINDS = {
     "ao_int8": torchao(int8_only),
     "ao_int4": torchao(intx_only),
     "ao_float8": torchao(float8_only),
-    "hqq8": hqq(8, 16, 1), "hqq4": hqq(4, 16, 1), "hqq3": hqq(3, 16, 0), "hqq2": hqq(2, 16, 0)}
+    "hqq8": hqq(8, 8, 1), "hqq4": hqq(4, 8, 1), "hqq3": hqq(3, 8, 0), "hqq2": hqq(2, 8, 0)}
 
 
 def main(names: list[str]):
