@@ -26,8 +26,8 @@ def open_ranks(folder: Path) -> list[Rank]:
         paths = [folder / RANK.format(rank) for rank in range(max(1, count))]
     for path in paths:
         if not exists(path):
-            raise ValueError(f"{named(folder)}: {path.name} is missing; download all of Meta's files into "
-                             "one folder")
+            raise ValueError(f"{named(folder)}: {path.name} is missing; all of Meta's files belong "
+                             "into one folder")
     ranks = [_open(path) for path in paths]
     for path, rank in zip(paths, ranks, strict=True):
         different = rank.keys() ^ ranks[0].keys()

@@ -14,6 +14,7 @@ from model.image_tokens import Tiles
 from model.llama_vision import LlamaVision
 from weights import load_model
 from weights.checkpoint import open_checkpoint
+from weights.quantized_linear import QuantizedLinear
 from weights.quantized_parts import Quantized
 
 NAMES = sorted(path.stem for path in DATA.glob("*.json"))
@@ -33,6 +34,17 @@ def test_the_logits_that_it_must_have(name, tmp_path):
     assert expected.std() > 0.5
     torch.testing.assert_close(logits(load_model(folder, dtype="fp32")), expected, atol=1e-5, rtol=0)
     assert load_model(folder).dtype == HALF.get(name, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["fp8", "w4a16_zeros", "w4a16_order"])       # widths that int8 allows
+def test_onward_to_eight_bits(name, tmp_path):
+    """What is dequantized can be quantized again, as any checkpoint can."""
+    folder = folder_of(name, tmp_path)
+    model = load_model(folder, quantize="int8")
+    rounded = [layer for layer in model.modules() if isinstance(layer, QuantizedLinear)]
+    assert len(rounded) > 10
+    expected = load_file(DATA / f"{name}.logits.safetensors")["logits"]
+    assert (logits(model).float() - expected).norm() < 0.1 * expected.norm()
 
 
 @pytest.mark.parametrize("name", NAMES)
