@@ -159,3 +159,15 @@ def test_the_files_stay_as_they_are(base):
         for parameter in model.parameters():
             parameter.zero_()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@torch.no_grad()
+def test_merged_before_it_is_rounded_to_8_bits(base):
+    merged = load_model(base, adapters=[ADAPTERS / "lora"])
+    eight = load_model(base, adapters=[ADAPTERS / "lora"], quantize="int8")
+    weight = merged.language_model.layers[0].self_attn.q_proj.weight
+    layer = eight.language_model.layers[0].self_attn.q_proj
+    numbers = layer(torch.eye(16)).T                                # whatever the kernel holds
+    step = weight.abs().amax(1, keepdim=True) / 127
+    assert ((numbers - weight).abs() <= 0.51 * step).all()
+    close(logits(base, "lora", quantize="int8"), REFERENCE["lora"], atol=0.2)
