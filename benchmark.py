@@ -49,8 +49,9 @@ from generate import generate
 from model.llama_vision import check_length
 from pruning import Pruner, load
 from terminal import Progress, stdout_width
-from weights import find_checkpoint, load_model, parse_device, parse_dtype, read_config
+from weights import load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
+from weights.adapters import find_base
 from weights.messages import quoted
 
 ROOT = Path(__file__).parent
@@ -216,7 +217,7 @@ def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subjec
     """The model, and how long loading took if it is a real one."""
     dtype = parse_dtype(args.dtype)
     adapters = find_adapters(args.adapter)
-    folder = None if args.model is None else find_checkpoint(args.model, args.revision, adapters)
+    folder = None if args.model is None else find_base(args.model, args.revision, adapters)
     complete = SHAPES[args.shape or "tiny"]() if folder is None else read_config(folder)
     for tiles in args.tiles:
         grid_of(complete.vision, tiles)

@@ -49,8 +49,8 @@ from pruning import Pruner, hooks
 from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
 from terminal import Progress, say_wrapped, stdout_width
-from weights import find_checkpoint
 from weights.adapter_file import ADAPTER, NONE, find_adapters
+from weights.adapters import find_base
 from weights.files import read_bytes
 from weights.messages import quoted
 from weights.ranks import Ranks, join
@@ -226,7 +226,7 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
     adapters = {"adapters": merged} if merged else {}
     return {"split": SPLITS[args.split], **given,
             "model": args.model, **adapters,
-            "weights": fingerprint(find_checkpoint(args.model, args.revision, folders)),
+            "weights": fingerprint(find_base(args.model, args.revision, folders)),
             "questions": args.questions, "kinds": args.kinds, "blur": args.blur,
             "skip_layer": args.skip_layer, "device": args.device, "dtype": args.dtype,
             "files": {name: zlib.crc32(read_bytes(name)) for name in files},

@@ -53,8 +53,9 @@ from pruning.on_device import on_device
 from pruning.over_ranks import over_ranks
 from pruning.recorder import Recorder
 from pruning.visualize import attention_map, kept_map
-from weights import find_checkpoint, load_model, parse_devices, parse_dtype
+from weights import load_model, parse_devices, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
+from weights.adapters import find_base
 from weights.guard import MOST_TOKENS, Guard, Verdict
 from weights.images import ImageProcessor
 from weights.peak import PeakMemory
@@ -131,7 +132,7 @@ class Assistant:
             raise ValueError("the decode step can only be compiled where all weights are on one device: "
                              "leave out compiling, offloading or the other devices")
         self.adapters = find_adapters(adapters)     # small downloads before a large one
-        folder = self.folder = find_checkpoint(source, revision, self.adapters)
+        folder = self.folder = find_base(source, revision, self.adapters)
         self.progress = progress
         self.peak = PeakMemory()
         with self.peak:

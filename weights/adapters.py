@@ -6,17 +6,20 @@ Nothing is written, and nothing is computed before a parameter is read. All adap
 order. A DoRA adapter scales each row to its magnitude, divided by the length that base and its own change
 have without other adapters, as PEFT does it (arXiv 2402.09353).
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from model.config import Config
-from weights.adapter_file import WEIGHTS, Adapter, LowRank
-from weights.hub import ADAPTER
+from weights.adapter_file import NONE, WEIGHTS, Adapter, LowRank, open_adapter
+from weights.config_file import read_config
+from weights.hub import ADAPTER, find_checkpoint
 from weights.lora_config import MERGE
-from weights.messages import named, quoted, some
+from weights.messages import named, quoted
 from weights.names import EMBEDDING, HEAD
+from weights.skeleton import without_weights
 from weights.stored import Stored
 
 CHUNK = 2 ** 24                 # numbers that are merged at once: 64 MB in fp32
@@ -102,6 +105,17 @@ def low_rank(change: LowRank, part: slice) -> tuple[Tensor, Tensor]:
     return left[part], right
 
 
+@dataclass
+class Promised(Stored):
+    """A parameter of a checkpoint that is not there yet, of which only the shape is known."""
+    size: list[int]
+    dtype = None
+
+    @property
+    def shape(self) -> list[int]:
+        return self.size
+
+
 def with_adapters(found: dict[str, Stored], adapters: list[Adapter], config: Config,
                   dtype: torch.dtype | None) -> dict[str, Stored]:
     """The parameters with all adapters merged; `dtype` is what the model will have, None for its own.
@@ -132,6 +146,28 @@ def with_adapters(found: dict[str, Stored], adapters: list[Adapter], config: Con
                 found[bias] = _merged(found[bias], dtype, is_bias=True)
                 found[bias].changes.append(change)
     return found
+
+
+def find_base(source: str | Path, revision: str | None, adapters: list[str | Path]) -> Path:
+    """`find_checkpoint`; adapters that cannot fit it are refused before its weights are downloaded."""
+    def check(folder: Path):
+        config = read_config(folder)
+        opened = [open_adapter(adapter) for adapter in adapters if adapter != NONE]
+        if opened:
+            check_fit(opened, config, folder)
+    return find_checkpoint(source, revision, adapters, check)
+
+
+def check_fit(adapters: list[Adapter], config: Config, folder: Path):
+    """Raise ValueError with one line where adapters do not fit what config.json says.
+
+    How many tokens there are, only the weights tell: changes of embedding and head are not checked.
+    """
+    shapes = without_weights(config, folder).state_dict()
+    wanted = {name: Promised(None, name, list(tensor.shape)) for name, tensor in shapes.items()}
+    for adapter in adapters:
+        kept = {name: change for name, change in adapter.low_rank.items() if name not in (EMBEDDING, HEAD)}
+        with_adapters(wanted, [replace(adapter, low_rank=kept)], config, None)
 
 
 def _merged(stored: Stored, dtype: torch.dtype | None, instead: Stored | None = None,
@@ -165,7 +201,7 @@ def _check_names(adapter: Adapter, found: dict[str, Stored]):
     count = len(adapter.full) + sum(len(change.parts) for change in adapter.low_rank.values())
     how_many = "none" if len(strange) == count else f"only {count - len(strange)}"
     raise ValueError(f"{named(adapter.folder / WEIGHTS)}: {how_many} of its {count} tensors belong to this "
-                     f"model, not {some(strange)}: {_made_for(adapter)}")
+                     f"model, {quoted(strange[0])} does not: {_made_for(adapter)}")
 
 
 def _check_replaced(adapter: Adapter, name: str, stored: Stored, base: Stored, earlier: Stored | None):

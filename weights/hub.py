@@ -12,7 +12,7 @@ import fnmatch
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from huggingface_hub import constants, get_token, snapshot_download
@@ -47,12 +47,14 @@ FOREIGN = (                                             # what a folder may hold
 )
 
 
-def find_checkpoint(source: str | Path, revision: str | None = None, adapters: Sequence = ()) -> Path:
+def find_checkpoint(source: str | Path, revision: str | None = None, adapters: Sequence = (),
+                    check: Callable[[Path], object] = read_config) -> Path:
     """The folder of a checkpoint: 'tiny' or 'guide' (bundled), a folder, a hub id 'owner/name' (downloaded).
 
     `revision` is a branch, tag or commit of the hub repository; `adapters` are those that were asked for.
-    Raises ValueError with one line where there is no such thing, the hub does not give it out, it is not a
-    checkpoint that can be read, or an adapter lies beside the weights and nothing was said about it.
+    `check` gets a folder that has config.json, before the weights are downloaded. Raises ValueError with one
+    line where there is no such thing, the hub does not give it out, it is not a checkpoint that can be read,
+    or an adapter lies beside the weights and nothing was said about it.
     """
     text = str(source)
     folder = BUNDLED.get(text) or local_folder(text, CHECKPOINT)
@@ -70,7 +72,7 @@ def find_checkpoint(source: str | Path, revision: str | None = None, adapters: S
     folder = download(text, revision, ["config.json", ADAPTER])
     _refuse_unusable(folder, text)
     _refuse_silent_adapter(folder, text, adapters)
-    read_config(folder)                                 # refuse a wrong model now, not after 20 GB of it
+    check(folder)                                       # refuse a wrong model now, not after 20 GB of it
     return download(text, revision, FILES)
 
 

@@ -13,20 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
-from model.config import Config
 from model.llama_vision import LlamaVision
 from weights.adapter_file import NONE, find_adapters, open_adapter
-from weights.adapters import with_adapters
+from weights.adapters import find_base, with_adapters
 from weights.added_tokens import with_stored_rows
 from weights.checkpoint import open_checkpoint, some
 from weights.config_file import read_config
 from weights.device import parse_dtype
 from weights.devices import Placement, parse_devices
 from weights.files import again
-from weights.hub import find_checkpoint
 from weights.messages import named, one_line, quoted
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.parallel import connect, divide
@@ -37,6 +34,7 @@ from weights.quantized_linear import Int8Linear, QuantizedLinear
 from weights.ranks import Ranks
 from weights.room import check_weights
 from weights.safetensors_file import STORED
+from weights.skeleton import without_weights
 from weights.stored import Stored
 from weights.wide import is_slow, widen
 
@@ -60,14 +58,14 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     dtype = parse_dtype(dtype)
     check_quantize(quantize, devices[0], dtype)
     adapters = find_adapters(adapters)
-    folder = find_checkpoint(source, revision, adapters)
+    folder = find_base(source, revision, adapters)
     found = open_checkpoint(folder)
     config = with_stored_rows(read_config(folder), found, folder)
     opened = [open_adapter(adapter) for adapter in adapters if adapter != NONE]
     if opened:
         found = with_adapters(found, opened, config, dtype)
         config = with_stored_rows(config, found, folder)        # an adapter may bring an embedding of its own
-    model = _without_weights(config, folder)
+    model = without_weights(config, folder)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.text.tie_word_embeddings and HEAD not in found
     if tied:
@@ -91,24 +89,6 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     placement.connect(model)
     connect(model, ranks)
     return model
-
-
-def _without_weights(config: Config, folder: Path) -> LlamaVision:
-    try:
-        with torch.device("meta"), _Unfilled():         # no memory: the weights come from the files
-            return LlamaVision(config)
-    except (RuntimeError, TypeError) as error:          # sizes beyond 64 bits
-        raise ValueError(f"{named(folder / 'config.json')}: no model has these sizes "
-                         f"({one_line(error, 120)})") from error
-
-
-class _Unfilled(TorchFunctionMode):
-    """Skips normal_(): the values are replaced anyway, and on the meta device it imports for 2 s."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (nn.init.normal_, Tensor.normal_):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **(kwargs or {}))
 
 
 def _read(found: dict[str, Stored | Part], layers: dict[str, QuantizedLinear], placement: Placement,

@@ -2,6 +2,7 @@
 
 snapshot_download is replaced by one that serves repositories from folders, as it filters their files.
 """
+import json
 import shutil
 from pathlib import Path
 
@@ -93,6 +94,24 @@ def test_a_bad_adapter_is_refused_before_the_base_is_downloaded(hub, tmp_path, a
     with refused(words):
         load_model("me/base", adapters=["me/adapter"])
     assert [repo for repo, _ in hub.served] == ["me/adapter"]
+
+
+def test_an_adapter_of_another_size_is_refused_before_the_weights_are_downloaded(hub, tmp_path):
+    base = write_base(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    config["text_config"]["intermediate_size"] = 32
+    (base / "config.json").write_text(json.dumps(config))
+    hub.add("me/base", base)
+    with refused("down_proj' is changed by", ["do not fit its [16, 32]"]):
+        load_model("me/base", adapters=[ADAPTERS / "lora"])
+    assert hub.served == [("me/base", ["config.json"])]
+    with refused("tensors belong to this model"):
+        config["text_config"]["num_hidden_layers"] = 2
+        (hub.folder / "hub" / "me" / "base" / "config.json").write_text(json.dumps(config))
+        load_model("me/base", adapters=[ADAPTERS / "lora"])
+    config["text_config"] |= {"num_hidden_layers": 3, "intermediate_size": 24, "vocab_size": 60}
+    (hub.folder / "hub" / "me" / "base" / "config.json").write_text(json.dumps(config))
+    load_model("me/base", adapters=[ADAPTERS / "embedding"])        # how many tokens, the weights tell
 
 
 def test_a_repository_that_holds_an_adapter_beside_its_weights_or_alone(hub, tmp_path):
