@@ -215,7 +215,7 @@ def test_bad_input_is_one_line(run, capsys, argv, words):
     (["--prune", "none", "--plot", "x.png"], "at least one"), (["--plot", "x.png"], "at least one"),
 ])
 def test_bad_sweeps_are_refused_before_anything_is_loaded(run, capsys, monkeypatch, argv, words):
-    monkeypatch.setattr(evaluate, "find_checkpoint", None)
+    monkeypatch.setattr(evaluate, "find_base", None)
     test_bad_input_is_one_line(run, capsys, argv, words)
 
 
@@ -228,5 +228,5 @@ def test_two_methods_of_one_name_are_refused(run, capsys, tmp_path):
 
 def test_a_missing_matplotlib_is_found_out_first(run, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.setattr(evaluate, "find_checkpoint", None)
+    monkeypatch.setattr(evaluate, "find_base", None)
     test_bad_input_is_one_line(run, capsys, ["--prune", "random", "--plot", "x.png"], "install -e '.[eval]'")
