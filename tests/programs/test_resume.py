@@ -104,7 +104,7 @@ def complete(tmp_path_factory, assistant) -> bytes:
     out = tmp_path_factory.mktemp("part") / "out.json"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["evaluate.py", *SWEEP, "--json", str(out)])
-        patch.setattr(evaluate, "Assistant", lambda *_: assistant)
+        patch.setattr(evaluate, "Assistant", lambda *_, **__: assistant)
         patch.setattr(evaluate, "figures", lambda *_: next(iter(())))
         with pytest.raises(StopIteration):
             evaluate.main()
@@ -194,7 +194,7 @@ def test_a_damaged_part_is_one_line(run, capsys, monkeypatch, assistant, complet
     part = tmp_path / "out.json.part"
     damaged = b"\n".join([*DAMAGES[damage](complete.split(b"\n")[:-1]), b""])
     part.write_bytes(damaged)
-    monkeypatch.setattr(evaluate, "Assistant", lambda *_: assistant)
+    monkeypatch.setattr(evaluate, "Assistant", lambda *_, **__: assistant)
     error = refused(run, capsys, *SWEEP, "--json", tmp_path / "out.json")
     assert "out.json.part: damaged (" in error and "delete this file" in error and len(error) < 600
     assert part.read_bytes().startswith(damaged) and list(tmp_path.iterdir()) == [part]
@@ -202,7 +202,7 @@ def test_a_damaged_part_is_one_line(run, capsys, monkeypatch, assistant, complet
 
 def test_a_part_with_all_records_asks_nothing(sweep, run, monkeypatch, assistant, complete, tmp_path):
     (tmp_path / "out.json.part").write_bytes(complete)
-    monkeypatch.setattr(evaluate, "Assistant", lambda *_: assistant)
+    monkeypatch.setattr(evaluate, "Assistant", lambda *_, **__: assistant)
     monkeypatch.setattr(evaluate, "examine", None)
     run(*SWEEP, "--json", tmp_path / "out.json")
     expected = json.loads((sweep / "out.json").read_text())
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_what_was_there(sweep, run, capsys, monkeypatch, assi
     out, drawing = tmp_path / "out.json", tmp_path / "out.png"
     out.write_text("the old figures")
     drawing.write_text("the old drawing")
-    monkeypatch.setattr(evaluate, "Assistant", lambda *_: assistant)
+    monkeypatch.setattr(evaluate, "Assistant", lambda *_, **__: assistant)
     command = *SWEEP, "--json", out, "--plot", drawing
     with full_disk(3000):
         error = refused(run, capsys, *command)
