@@ -19,6 +19,7 @@ from weights.hub import ADAPTER, find_checkpoint
 from weights.lora_config import MERGE
 from weights.messages import named, quoted
 from weights.names import EMBEDDING, HEAD
+from weights.quantized_linear import QuantizedLinear
 from weights.skeleton import without_weights
 from weights.stored import Stored
 
@@ -44,8 +45,12 @@ class Merged(Stored):
         return self.kind
 
     @property
-    def layer(self) -> type | None:
+    def layer(self) -> type[QuantizedLinear] | None:
         return self.base.layer
+
+    def parts(self) -> dict[str, Tensor]:
+        """Where the base has 8 or 4 bits: the merged numbers, rounded in the same way again."""
+        return self.layer.rounded(self.read(), self.kind)
 
     def forget(self):
         self.base.forget()

@@ -11,7 +11,11 @@ from helpers import close, noise, refused
 from prequantized_folder import folder_of
 from safetensors.torch import load_file, save_file
 
-from weights import load_model, parse_dtype, save_model
+from weights import load_model, parse_dtype, read_config, save_model
+from weights.adapter_file import open_adapter
+from weights.adapters import with_adapters
+from weights.checkpoint import open_checkpoint
+from weights.quantized_linear import Int4Linear, Int8Linear
 
 FILE = "adapter_model.safetensors"
 REFERENCE = load_file(ADAPTERS / "reference.safetensors")
@@ -159,6 +163,30 @@ def test_the_files_stay_as_they_are(base):
         for parameter in model.parameters():
             parameter.zero_()
     assert all(path.read_bytes() == content for path, content in before.items())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", [Int8Linear, Int4Linear])
+def test_weights_in_8_or_4_bits_have_them_again_after_merging(base, tmp_path, kind):
+    shutil.copytree(base, tmp_path, dirs_exist_ok=True)
+    tensors = load_file(base / "model.safetensors")
+    name = "language_model.model.layers.0.self_attn.q_proj."
+    wide = noise(16, 64, seed=3) if kind is Int4Linear else tensors[name + "weight"]
+    made = kind.rounded(wide, torch.float32)
+    stored = {**tensors, name + "weight": made["weight"], name + "scale": made["scale"]}
+    save_file(stored, tmp_path / "model.safetensors")
+    found = open_checkpoint(tmp_path)
+    matrices, delta = product(16, wide.shape[1], name.removesuffix("."))
+    adapter = open_adapter(own_adapter(tmp_path / "adapter", matrices))
+    weight = "language_model.layers.0.self_attn.q_proj.weight"
+    merged = with_adapters(found, [adapter], read_config(base), None)[weight]
+    wanted = kind.rounded(kind.numbers(made).float() + 1.5 * delta, torch.float32)
+    assert merged.layer is kind and not merged.maps
+    for part, tensor in merged.parts().items():
+        close(tensor.float(), wanted[part].float(), atol=1.0 if part == "weight" else 1e-4)
+    if kind is Int8Linear:
+        model = load_model(tmp_path, adapters=[tmp_path / "adapter"])
+        assert type(model.get_submodule(weight.removesuffix(".weight"))) is kind
 
 
 @torch.no_grad()
