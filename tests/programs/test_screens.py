@@ -130,10 +130,10 @@ def test_what_an_answer_took_is_two_lines_in_a_file(monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 3
 
 
-class Stream(io.StringIO):
+class Output(io.StringIO):
     """One of two streams to the same terminal, whose texts are kept in the order in which they came."""
 
-    def __init__(self, texts: list[tuple["Stream", str]]):
+    def __init__(self, texts: list[tuple["Output", str]]):
         super().__init__()
         self.texts = texts
 
@@ -149,7 +149,7 @@ class Stream(io.StringIO):
 def test_progress_is_gone_when_an_answer_begins(monkeypatch, method):
     """Also with a method that asks a second model, and with one that works after prefill."""
     texts = []
-    out, err = Stream(texts), Stream(texts)
+    out, err = Output(texts), Output(texts)
     monkeypatch.setattr(terminal, "PATIENCE", 0.0)
     monkeypatch.setattr(terminal, "INTERVAL", 0.0001)
     monkeypatch.setenv("TERM", "xterm")
