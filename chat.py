@@ -195,12 +195,8 @@ class Lines:
     """The lines that a person types, with Python's line editor (Left, Up, Ctrl-R) where there is one."""
 
     def __init__(self):
-        self.readline = line_editor()
-        if self.readline is not None:
-            self.readline.set_completer_delims("\n")                   # a line is completed as a whole
-            self.readline.set_completer(completed)
-            self.readline.parse_and_bind("tab: complete")              # of GNU readline, and ...
-            self.readline.parse_and_bind("bind ^I rl_complete")        # of libedit; neither minds the other
+        with stdout_on_stderr():
+            self.readline = line_editor()
 
     def next(self) -> str:
         """The next question or command; "" at an empty line or the end of the input."""
@@ -224,21 +220,26 @@ class Lines:
             if not line:
                 raise EOFError
             return line
-        if not os.isatty(2):
+        on_screen = os.isatty(2)
+        if not on_screen:
             say("> ", end="")
-            return input()
-        with stdout_on_stderr():
-            return input("> ")                  # the editor has to know its prompt, to write it again
+        with stdout_on_stderr():                # the editor has to know its prompt, to write it again
+            return input("> " if on_screen else "")
 
 
 def line_editor() -> ModuleType | None:
     """The module readline if a person types at a terminal, else None; also on Windows, which edits itself."""
-    if sys.stdin is not sys.__stdin__ or not os.isatty(0) or not (os.isatty(1) or os.isatty(2)):
+    if sys.stdin is not sys.__stdin__ or not os.isatty(0) or not os.isatty(1):
         return None
     try:
         import readline
     except ImportError:
         return None
+    readline.set_completer_delims("\n")                             # a line is completed as a whole
+    readline.set_completer(completed)
+    readline.parse_and_bind("tab: complete")                        # of GNU readline, and ...
+    readline.parse_and_bind("bind ^I rl_complete")                  # of libedit; neither minds the other
+    readline.parse_and_bind("set enable-bracketed-paste on")        # several lines are one question
     return readline
 
 
@@ -258,7 +259,10 @@ def completed(line: str, number: int) -> str | None:
 
 @contextmanager
 def stdout_on_stderr() -> Iterator[None]:
-    """Lets the line editor, which can only write to stdout, write to stderr; stdout may be a file."""
+    """Lets the line editor, which can only use stdout, use stderr where that is a terminal."""
+    if not os.isatty(2):
+        yield
+        return
     sys.stdout.flush()
     stdout = os.dup(1)
     os.dup2(2, 1)

@@ -77,13 +77,14 @@ def test_only_answers_are_in_a_file(tmp_path, endless):
     chat.type("\n")
     chat.wait_for("tok/s")
     chat.wait_for("\n> ")
-    for odd in "caf\udce9?", "nul\0?":                       # a byte that is no UTF-8: the editor drops it
+    pasted = "\x1b[200~two\nlines\x1b[201~"
+    for odd in "caf\udce9?", "nul\0?", pasted:               # a byte that is no UTF-8: the editor drops it
         chat.type(odd + "\n")
         chat.wait_for("tok/s")
         chat.wait_for("\n> ")
     chat.type(CTRL_D)
     assert chat.end() == 0
-    assert (tmp_path / "out.txt").read_text() == "\n" * 4
+    assert (tmp_path / "out.txt").read_text() == "\n" * 5
 
 
 def test_nothing_but_questions_and_answers_on_the_screen(tmp_path):
