@@ -156,9 +156,10 @@ class Chat:
                 self.opening_encoded = opening
                 self.encoded = opening.join(later)
             self.pruner = pruner
-        if self.pruner is None:
-            return say_wrapped(f"all image tokens are kept; the methods are {', '.join(METHODS)}")
-        say_wrapped(f"image tokens are pruned from here on: {self.pruner}")
+        if self.pruner is not None:
+            return say_wrapped(f"image tokens are pruned from here on: {self.pruner}")
+        methods = "" if method else f"; the methods are {', '.join(METHODS)}"
+        say_wrapped(f"all image tokens are kept{methods}")
 
     def must_encode_for(self, pruner: Pruner | None) -> bool:
         """Whether this pruner needs the images encoded otherwise than they are."""

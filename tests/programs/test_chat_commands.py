@@ -103,13 +103,14 @@ def test_clear_forgets_what_was_said_and_shown(chat, asked, encoded, wide, tall)
 
 
 def test_prune_from_here_on(chat, encoded, wide, tall):
-    err = chat("One?", "/prune fastv 0.25 full_layers=2", "Two?", "/prune", "/prune off", "Three?",
+    err = chat("One?", "/prune fastv 0.25 full_layers=2", "Two?", "/prune", "/prune off", "/prune", "Three?",
                args=("--image", wide))
     assert encoded == [1]
     first, second, third = costs(err)
     assert first == third == "image tokens 200 slots -> 100 real"
     assert re.fullmatch(r".* -> 75 kept \(by layer 100 100 25; fastv, keep 0.25, full_layers 2.*", second)
     assert said(err, "image tokens are pruned from here on: fastv, keep 0.25, full_layers 2") == 2
+    assert said(err, "all image tokens are kept") == 2
     assert said(err, "all image tokens are kept; the methods are none, coreset") == 1
 
 
