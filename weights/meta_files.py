@@ -1,20 +1,22 @@
 """Meta's own files, as from_meta.py reads them: consolidated.*.pth, one for each rank, and params.json."""
 from pathlib import Path
 from pickle import UnpicklingError
+from zipfile import ZIP_STORED, BadZipFile, ZipFile
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from weights.files import again, exists, read_json
 from weights.messages import named, one_line, quoted
-from weights.safetensors_file import STORED
+from weights.safetensors_file import STORED, mapped
 
 SINGLE, RANK, PARAMS = "consolidated.pth", "consolidated.{:02d}.pth", "params.json"
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "vision_chunk_size",
          "vision_max_num_chunks", "vision_num_cross_attention_layers")
 MOST_LAYERS, MOST_TILES = 500, 16
 BROKEN = (RuntimeError, UnpicklingError, OSError, EOFError, ValueError, LookupError, TypeError,
-          AttributeError, MemoryError, AssertionError)      # what a damaged pickle can raise
+          AttributeError, MemoryError, AssertionError, BadZipFile)      # of a damaged archive or pickle
 Rank = dict[str, Tensor]
 
 
@@ -38,21 +40,45 @@ def open_ranks(folder: Path) -> list[Rank]:
 
 
 def _open(path: Path) -> Rank:
-    """No code in the file is run: weights_only lets nothing but tensors and plain containers be made."""
+    """The tensors of a file, as views of its mapping.
+
+    torch.load reads the pickle alone, which tells names, shapes and places: with FakeTensorMode it leaves the
+    numbers where they are. weights_only lets nothing but tensors and plain containers be made, so no code
+    in the file is run. torch's own mapping (`mmap=True`) would reserve memory for the whole file.
+    """
     try:
-        rank = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        with ZipFile(path) as archive:                          # torch.save compresses nothing
+            if any(entry.compress_type != ZIP_STORED for entry in archive.infolist()):
+                raise BadZipFile("its entries are compressed")
+        with FakeTensorMode():
+            rank = torch.load(path, map_location="cpu", weights_only=True)
+        _, storage = mapped(path, path.stat().st_size)
+        if not isinstance(rank, dict):
+            raise TypeError(f"it holds a {type(rank).__name__}")
+        return {_checked(name, tensor): _real(tensor, storage) for name, tensor in rank.items()}
     except BROKEN as error:
-        raise ValueError(f"{named(path)}: not a file of weights that PyTorch can map "
+        raise ValueError(f"{named(path)}: not a file of tensors by name that torch.save has written "
                          f"({one_line(error, 160)}); {again(path)}") from None
-    if not isinstance(rank, dict) or not rank:
-        raise ValueError(f"{named(path)}: it holds no tensors by name; {again(path)}")
-    for name, tensor in rank.items():
-        if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            raise ValueError(f"{named(path)}: {quoted(name)} is not the name of a tensor; {again(path)}")
-        if tensor.dtype not in STORED.values() or tensor.layout != torch.strided:
-            raise ValueError(f"{named(path)}: tensor {quoted(name)} is of {tensor.dtype}, not one of "
-                             f"{', '.join(STORED)}")
-    return rank
+
+
+def _checked(name: object, tensor: object) -> str:
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        raise TypeError(f"{quoted(name)} is not the name of a tensor")
+    if tensor.dtype not in STORED.values() or tensor.layout != torch.strided:
+        raise TypeError(f"tensor {quoted(name)} is of {tensor.dtype}, not one of {', '.join(STORED)}")
+    return name
+
+
+def _real(fake: Tensor, storage: torch.UntypedStorage) -> Tensor:
+    """A tensor of the mapped file, where the fake one says that it lies."""
+    start = fake.untyped_storage()._checkpoint_offset           # documented with FakeTensorMode
+    stop = start + fake.untyped_storage().nbytes()
+    if stop > len(storage):
+        raise EOFError("it is truncated")
+    view = torch.empty(0, dtype=fake.dtype)
+    if start % view.element_size():                             # no kernel reads such an address
+        return view.set_(storage[start:stop].clone(), fake.storage_offset(), fake.shape, fake.stride())
+    return view.set_(storage[start:stop], fake.storage_offset(), fake.shape, fake.stride())
 
 
 def read_params(folder: Path) -> dict:

@@ -2,6 +2,7 @@
 import json
 import os
 from pathlib import Path
+from zipfile import ZIP_DEFLATED, ZipFile
 
 import pytest
 import torch
@@ -137,7 +138,18 @@ def params(**changes):
 
 
 def cut(file: str, size: int):
-    return lambda folder: os.truncate(folder / file, size)
+    """A file of so many bytes, or so many less."""
+    return lambda folder: os.truncate(folder / file, size % (folder / file).stat().st_size)
+
+
+def compressed(folder: Path):
+    """The same archive as other programs would pack it."""
+    path = folder / "consolidated.pth"
+    with ZipFile(path) as archive:
+        entries = {name: archive.read(name) for name in archive.namelist()}
+    with ZipFile(path, "w", ZIP_DEFLATED) as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
 
 
 WQ = "text_model.layers.0.attention.wq.weight"
@@ -161,8 +173,10 @@ BAD = {                                             # name: (ranks, how to spoil
     "truncated": (1, cut("consolidated.pth", 50_000), ["consolidated.pth", "copy it again"]),
     "an old pickle": (1, save({"a": torch.ones(2)}, _use_new_zipfile_serialization=False),
                       ["consolidated.pth"]),
-    "harmful": (1, save({"a": Harmful()}), ["consolidated.pth", "PyTorch can map"]),
-    "a list": (1, save([torch.ones(2)]), ["no tensors by name"]),
+    "truncated at its end": (1, cut("consolidated.pth", -100), ["consolidated.pth", "copy it again"]),
+    "compressed": (1, compressed, ["consolidated.pth", "compressed"]),
+    "harmful": (1, save({"a": Harmful()}), ["consolidated.pth", "torch.save has written"]),
+    "a list": (1, save([torch.ones(2)]), ["it holds a list"]),
     "nested": (1, save({"model": {"a": torch.ones(2)}}), ["'model' is not the name of a tensor"]),
     "integers": (1, edit_state(lambda s: s.update({WQ: torch.ones(16, 16).int()})), [WQ, "int32"]),
     "a tensor missing": (1, edit_state(lambda s: s.pop(WQ)), ["q_proj", "missing"]),
