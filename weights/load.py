@@ -73,7 +73,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
     dtype = own_dtype if dtype is None else dtype
-    found = divide(model, found, ranks)
+    found = divide(model, found, ranks, offload)
     layers = quantized_layers(model, found, quantize, devices[0], dtype)
     if is_slow(dtype, devices[0]):
         widen(model)

@@ -57,11 +57,15 @@ class Gathered(nn.Module):
         return torch.cat([part[..., :size] for part, size in zip(parts, self.sizes, strict=True)], -1)
 
 
-def divide(model: LlamaVision, found: dict[str, Stored], ranks: Ranks) -> dict[str, Stored | Part]:
+def divide(model: LlamaVision, found: dict[str, Stored], ranks: Ranks,
+           offload: bool = False) -> dict[str, Stored | Part]:
     """Make a model on the meta device this rank's share of it, and say what to read for it of the checkpoint.
     Raises ValueError where heads do not divide, or the ranks have found different checkpoints."""
     if ranks.count == 1:
         return found
+    if offload:
+        raise ValueError("--offload is for a model in one process: leave it out, and start more processes if "
+                         "their share is too large")
     text, vision = model.config.text, model.config.vision
     most = math.gcd(text.num_key_value_heads, vision.num_attention_heads)
     if most % ranks.count:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from model.llama_vision import LlamaVision
 from weights.names import EMBEDDING, HEAD, official_name
+from weights.parallel import Gathered
 from weights.quantized_linear import QuantizedLinear
 from weights.safetensors_file import SINGLE, write_tensors
 
@@ -13,6 +14,8 @@ from weights.safetensors_file import SINGLE, write_tensors
 def official_state_dict(model: LlamaVision) -> dict[str, Tensor]:
     """The model's parameters under official names; no copies. Raises ValueError for a quantised model, whose
     layers hold something else than parameters."""
+    if any(isinstance(module, Gathered) for module in model.modules()):
+        raise ValueError("this process holds a part of the model only: load it in one process to save it")
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise ValueError("the model is quantised, and its weights in full are gone: load it without quantize,"
                          " or write it quantised with `python -m weights.quantize MODEL OUT`")

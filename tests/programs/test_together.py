@@ -50,7 +50,7 @@ def test_one_process_speaks_and_several_answer_as_one_does(photo, tmp_path):
     assert ours == theirs and len(ours["token_ids"]) > 1
 
 
-def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
+def test_an_evaluation_is_that_of_one_process(tmp_path):
     args = "evaluate", "--questions", "9", "--prune", "fastv", "--keep", "0.1", "--device", "cpu", "--json"
     files = tmp_path / "alone.json", tmp_path / "together.json"
     all_well(run_ranks(start, *args, str(files[0]), count=1))
@@ -67,6 +67,7 @@ def test_an_evaluation_goes_on_where_it_stopped(tmp_path):
     (("generate", "--image", "nowhere.png", *QUESTION), ("nowhere.png", "no such file")),
     (("generate", "--nonsense"), ("unrecognized arguments: --nonsense",)),
     (("generate", *QUESTION[:2], "--device", "cpu:1"), ("say cuda or cpu",)),
+    (("generate", *QUESTION, "--offload"), ("--offload", "one process")),
     (("evaluate", "--jobs", "2"), ("--jobs", "one process")),
     (("benchmark",), ("torchrun is for",))])
 def test_one_line_for_the_same_mistake_of_all(args, parts):

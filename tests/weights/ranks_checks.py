@@ -2,20 +2,22 @@
 from pathlib import Path
 
 import torch
-from helpers import close
+from helpers import close, random_tiles, refused
 from torch import nn
 
-from weights import load_model
+from weights import load_model, save_model
 from weights.parallel import Gathered, Summed
 from weights.ranks import Ranks, join
 
 FP32 = 1e-4
+IMAGE = 640                                 # <|image|> of the bundled model
 
 
 def small_things(folder: Path):
     """One start of processes for all that takes no time."""
     ranks = join("cpu")
-    for check in uneven_outputs, inputs_of_all_heads, messages_of_rank_0, tensors_of_rank_0, tied_head:
+    for check in (uneven_outputs, inputs_of_all_heads, messages_of_rank_0, checks_of_all, tensors_of_rank_0,
+                  tied_head, quantised):
         check(ranks, folder)
     ranks.leave()
 
@@ -46,12 +48,20 @@ def messages_of_rank_0(ranks: Ranks, folder: Path):
 
     def refuse():
         raise ValueError(f"not by {ranks.rank}")
-    try:
+    with refused("not by 0"):
         ranks.first(refuse)
-    except ValueError as error:
-        assert str(error) == "not by 0"
-    else:
-        raise AssertionError
+
+
+def checks_of_all(ranks: Ranks, folder: Path):
+    """What is wrong on one rank is wrong on all."""
+    def too_little_memory():
+        if ranks.rank == 1:
+            raise ValueError("on rank 1")
+    with refused("on rank 1"):
+        ranks.check(too_little_memory)
+    ranks.check_alike("words", "alike")
+    with refused("different words"):
+        ranks.check_alike("words", ranks.rank)
 
 
 def tensors_of_rank_0(ranks: Ranks, folder: Path):
@@ -68,3 +78,19 @@ def tied_head(ranks: Ranks, folder: Path):
     ids = torch.tensor([[1, 2, 3]])
     close(model(ids, [None]), alone(ids, [None]), FP32)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+    with refused("in one process to save it"):
+        save_model(model, folder)
+
+
+def quantised(ranks: Ranks, folder: Path):
+    """Weights are rounded no worse than in one process; every rank has its share of the bytes."""
+    image = load_model("tiny").encode([random_tiles([(1, 1)], load_model("tiny").config.vision)])
+    ids = torch.tensor([[1, IMAGE, 5, 6, 7]])
+    exact = load_model("tiny").read(ids, image)
+    for way in "int8", "int4", "int8+tower":
+        alone, model = load_model("tiny", quantize=way), load_model("tiny", quantize=way, ranks=ranks)
+        errors = [(each.read(ids, image) - exact).norm() for each in (alone, model)]
+        assert 0 < errors[1] < 1.3 * errors[0], (way, errors)
+        sizes = [sum(tensor.nbytes for tensor in each.language_model.layers.state_dict().values())
+                 for each in (alone, model)]
+        assert sizes[1] < 0.58 * sizes[0], (way, sizes)
