@@ -16,6 +16,7 @@ from good_files import (
     SETTINGS,
     TINY,
     Files,
+    adapter_files,
     checkpoint_files,
     evaluation_files,
     image_files,
@@ -81,6 +82,12 @@ def read_checkpoint(folder: Path):
     assert len(answer.tokens) == 1
 
 
+def read_adapter(folder: Path):
+    model = load_model(TINY, adapters=[folder])
+    answer = generate(model, [[3, 4, 5]], None, 2, model.config.text.eos_token_id)
+    assert len(answer.tokens) == 1
+
+
 def read_text_side(folder: Path):
     """Each conversation may be refused by itself; ids that decode must do so in every way."""
     tokenizer = ChatTokenizer.from_folder(folder, CONFIG)
@@ -143,7 +150,8 @@ KINDS = {
     "images": Kind(0.3, image_files, read_image, memory=MAX_MEMORY + 2 ** 28),
     "settings": Kind(0.08, settings_files, read_settings),
     "checkpoint": Kind(0.2, checkpoint_files, read_checkpoint),
-    "text": Kind(0.3, text_files, read_text_side),
+    "adapter": Kind(0.1, adapter_files, read_adapter),
+    "text": Kind(0.2, text_files, read_text_side),
     "evaluation": Kind(0.07, evaluation_files, read_evaluation),
     "learned": Kind(0.05, learned_files, read_learned),
 }

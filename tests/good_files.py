@@ -15,7 +15,7 @@ from evaluation.exam import make_exam
 from evaluation.scoring import figures
 from evaluation.store import Store
 from model.llama_vision import LlamaVision
-from weights import LEARNED, config_from_dict, official_state_dict, write_tensors
+from weights import LEARNED, config_from_dict, official_state_dict, read_config, write_tensors
 from weights.hub import BUNDLED
 from weights.image_file import FORMATS
 from weights.safetensors_file import INDEX, SINGLE
@@ -121,6 +121,38 @@ def checkpoint_files() -> list[Files]:
     index = {"metadata": {}, "weight_map": {tensor: names[tensor in parts[1]] for tensor in state}}
     return [{"config.json": config, SINGLE: single},
             {"config.json": config, INDEX: as_json(index), **dict(zip(names, shards, strict=True))}]
+
+
+# ----- adapters of the bundled checkpoint
+
+
+ADAPTER = {"peft_type": "LORA", "base_model_name_or_path": "tiny", "r": 2, "lora_alpha": 4, "bias": "none",
+           "rank_pattern": {"up_proj": 3}, "alpha_pattern": {r"layers\.\d+\.mlp\.down_proj": 1.5},
+           "target_modules": ["q_proj", "down_proj"], "modules_to_save": None, "use_rslora": False,
+           "use_dora": False, "fan_in_fan_out": False, "init_lora_weights": True, "lora_dropout": 0.1}
+
+
+def adapter_files() -> list[Files]:
+    """A LoRA adapter with whole biases, and a DoRA adapter with the names that peft gives them in memory."""
+    torch.manual_seed(0)
+    text = read_config(TINY).text
+    layer = "base_model.model.model.language_model.layers.0."
+    sizes = {f"{layer}self_attn.q_proj": (text.hidden_size, text.hidden_size),
+             f"{layer}mlp.down_proj": (text.hidden_size, text.intermediate_size)}
+    lora, dora = {"base_model.model.model.multi_modal_projector.bias": torch.randn(text.hidden_size)}, {}
+    for module, (rows, columns) in sizes.items():
+        for tensors, name in (lora, ""), (dora, ".default"):
+            tensors[f"{module}.lora_A{name}.weight"] = torch.randn(2, columns)
+            tensors[f"{module}.lora_B{name}.weight"] = 0.01 * torch.randn(rows, 2)
+        dora[f"{module}.lora_magnitude_vector.default.weight"] = torch.ones(rows)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "adapter_model.safetensors"
+        contents = []
+        for tensors in lora, dora:
+            write_tensors(path, tensors)
+            contents.append(path.read_bytes())
+    return [{"adapter_config.json": as_json(ADAPTER | change), "adapter_model.safetensors": content}
+            for change, content in zip(({}, {"use_dora": True, "use_rslora": True}), contents, strict=True)]
 
 
 # ----- the text side

@@ -20,7 +20,7 @@ from weights.lora_config import MERGE
 from weights.messages import named, quoted
 from weights.names import EMBEDDING, HEAD
 from weights.quantized_linear import QuantizedLinear
-from weights.skeleton import without_weights
+from weights.skeleton import empty_model
 from weights.stored import Stored
 
 CHUNK = 2 ** 24                 # numbers that are merged at once: 64 MB in fp32
@@ -168,7 +168,7 @@ def check_fit(adapters: list[Adapter], config: Config, folder: Path):
 
     How many tokens there are, only the weights tell: changes of embedding and head are not checked.
     """
-    shapes = without_weights(config, folder).state_dict()
+    shapes = empty_model(config, folder).state_dict()
     wanted = {name: Promised(None, name, list(tensor.shape)) for name, tensor in shapes.items()}
     for adapter in adapters:
         kept = {name: change for name, change in adapter.low_rank.items() if name not in (EMBEDDING, HEAD)}

@@ -34,7 +34,7 @@ from weights.quantized_linear import Int8Linear, QuantizedLinear
 from weights.ranks import Ranks
 from weights.room import check_weights
 from weights.safetensors_file import STORED
-from weights.skeleton import without_weights
+from weights.skeleton import empty_model
 from weights.stored import Stored
 from weights.wide import is_slow, widen
 
@@ -65,7 +65,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     if opened:
         found = with_adapters(found, opened, config, dtype)
         config = with_stored_rows(config, found, folder)        # an adapter may bring an embedding of its own
-    model = without_weights(config, folder)
+    model = empty_model(config, folder)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
     tied = config.text.tie_word_embeddings and HEAD not in found
     if tied:

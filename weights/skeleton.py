@@ -10,7 +10,7 @@ from model.llama_vision import LlamaVision
 from weights.messages import named, one_line
 
 
-def without_weights(config: Config, folder: Path) -> LlamaVision:
+def empty_model(config: Config, folder: Path) -> LlamaVision:
     """The model of a folder's config.json on the meta device. Raises ValueError with one line."""
     try:
         with torch.device("meta"), _Unfilled():         # no memory: the weights come from the files
