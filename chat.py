@@ -113,9 +113,9 @@ class Chat:
             answer = self.ask([conversation], encoded=self.encoded, emit=live.push, pruner=self.pruner)
             live.finish(answer.texts[0])
         except KeyboardInterrupt:
-            live.finish(live.text)
             if not live.text:
-                return say("stopped; this question is forgotten")
+                return say("\nstopped; this question is forgotten")
+            live.finish(live.text)
             say("stopped; what it said until here stays in the conversation")
         except ValueError:
             if live.text:

@@ -5,21 +5,27 @@ from collections.abc import Callable
 from itertools import takewhile
 
 import pytest
-from generate_helpers import command_line, drawn, refusing_checkpoint
+import torch
+from generate_helpers import STOP, TINY, command_line, drawn, refusing_checkpoint
+from tokenizers import Tokenizer
 
 from chat import HELP, completed
 from model.llama_vision import LlamaVision
+from model.sampling import Sampler
 
 TURN = re.compile(r"<\|start_header_id\|>(\w+)<\|end_header_id\|>\s*((?:<\|image\|>)*[^<]*)")
 
 
 @pytest.fixture
 def chat(monkeypatch, capsys, say, asked) -> Callable[..., list[str]]:
-    """What a chat of these lines says on stderr, line by line, without its prompts; answers are "Yes."."""
+    """What a chat of these lines says on stderr, line by line, without its prompts; answers are "Yes.", or
+    what another sampler makes."""
     run = command_line(monkeypatch, capsys)
 
-    def typed(*lines: str, args: tuple[str, ...] = ()) -> list[str]:
+    def typed(*lines: str, args: tuple[str, ...] = (), sample: Callable | None = None) -> list[str]:
         say("Yes.")
+        if sample is not None:
+            monkeypatch.setattr(Sampler, "__call__", sample)
         _, err = run(*args, stdin="\n".join(lines) + "\n", terminal=True)
         return [line.removeprefix("> ") for line in err.splitlines()]
     return typed
@@ -35,6 +41,21 @@ def encoded(monkeypatch) -> list[int]:
         return encode(model, tiles, *rest)
     monkeypatch.setattr(LlamaVision, "encode", spy)
     return counts
+
+
+@pytest.fixture
+def interrupts(monkeypatch) -> Callable[[type, str, int], None]:
+    """Lets call number n of a method be interrupted by Ctrl-C."""
+    def interrupt(owner: type, method: str, number: int):
+        inner, calls = getattr(owner, method), []
+
+        def call(*args):
+            calls.append(args)
+            if len(calls) == number:
+                raise KeyboardInterrupt
+            return inner(*args)
+        monkeypatch.setattr(owner, method, call)
+    return interrupt
 
 
 @pytest.fixture
@@ -121,6 +142,35 @@ def test_a_method_that_acts_early_encodes_all_images_anew(chat, encoded, wide, t
     assert [re.sub(" kept.*", "", line) for line in costs(err)] == [
                      "image tokens 400 slots -> 250 real", "image tokens 400 slots -> 250 real -> 150",
                      "image tokens 200 slots -> 100 real -> 50", "image tokens 200 slots -> 100 real"]
+
+
+def test_ctrl_c_stops_the_answer_and_keeps_what_it_said(chat, asked, wide):
+    tokenizer = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    script = [*tokenizer.encode("Yes.", add_special_tokens=False).ids, STOP]
+    draws = iter([*script[:2], None, *script, *script])
+
+    def sample(sampler, logits):
+        if (token := next(draws)) is None:
+            raise KeyboardInterrupt
+        return torch.tensor([token])
+    err = chat("One?", "Two?", args=("--image", wide), sample=sample)
+    assert sys.stdout.getvalue() == "Yes\nYes.\n"
+    assert turns(asked) == [("user", "<|image|>One?"), ("assistant", "Yes"), ("user", "Two?")]
+    assert said(err, "stopped; what it said until here stays") == len(costs(err)) == 1
+
+
+def test_ctrl_c_before_an_answer_forgets_the_question(chat, asked, wide, interrupts):
+    interrupts(LlamaVision, "prefill", 1)
+    err = chat("One?", "Two?", args=("--image", wide))
+    assert turns(asked) == [("user", "<|image|>Two?")] and sys.stdout.getvalue() == "Yes.\n"
+    assert said(err, "stopped; this question is forgotten") == 1
+
+
+def test_ctrl_c_while_an_image_is_encoded(chat, asked, wide, tall, interrupts):
+    interrupts(LlamaVision, "encode", 2)
+    err = chat(f"/image {tall}", "One?", args=("--image", wide))
+    assert turns(asked) == [("user", "<|image|>One?")] and said(err, "stopped") == 1
+    assert costs(err) == ["image tokens 200 slots -> 100 real"]
 
 
 @pytest.mark.parametrize(("line", "words"), [
