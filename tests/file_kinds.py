@@ -3,6 +3,8 @@
 A reader gets a folder, reads it as the programs do, and uses what was read. What comes out must be usable:
 that is asserted here.
 """
+import contextlib
+import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -21,6 +23,8 @@ from good_files import (
     evaluation_files,
     image_files,
     learned_files,
+    meta_files,
+    quantized_files,
     settings_files,
     text_files,
 )
@@ -35,6 +39,7 @@ from model.llama_vision import LlamaVision
 from pruning.methods.attention_predictor import load_network
 from pruning.methods.quecc import QueCC
 from weights import load_model, read_config
+from weights.from_meta import from_meta
 from weights.image_file import MAX_MEMORY, open_image
 from weights.images import ImageProcessor
 from weights.tokenizer import ChatTokenizer, Detokenizer
@@ -86,6 +91,13 @@ def read_adapter(folder: Path):
     model = load_model(TINY, adapters=[folder])
     answer = generate(model, [[3, 4, 5]], None, 2, model.config.text.eos_token_id)
     assert len(answer.tokens) == 1
+
+
+def read_meta(folder: Path):
+    """Converted, and read like any other checkpoint. What it says of its progress is not a finding."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        out = from_meta(folder, folder / "out")
+    load_model(out)
 
 
 def read_text_side(folder: Path):
@@ -147,11 +159,13 @@ def tiny_image() -> ImageTokens:
 
 
 KINDS = {
-    "images": Kind(0.3, image_files, read_image, memory=MAX_MEMORY + 2 ** 28),
+    "images": Kind(0.25, image_files, read_image, memory=MAX_MEMORY + 2 ** 28),
     "settings": Kind(0.08, settings_files, read_settings),
-    "checkpoint": Kind(0.2, checkpoint_files, read_checkpoint),
+    "checkpoint": Kind(0.15, checkpoint_files, read_checkpoint),
+    "quantized": Kind(0.1, quantized_files, read_checkpoint),
+    "meta": Kind(0.05, meta_files, read_meta),
     "adapter": Kind(0.1, adapter_files, read_adapter),
-    "text": Kind(0.2, text_files, read_text_side),
+    "text": Kind(0.15, text_files, read_text_side),
     "evaluation": Kind(0.07, evaluation_files, read_evaluation),
     "learned": Kind(0.05, learned_files, read_learned),
 }

@@ -2,6 +2,7 @@
 
 Each function returns a list of folders, {name: content}: what a user could have of this kind.
 """
+import base64
 import io
 import json
 import random
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from evaluation.exam import make_exam
 from evaluation.scoring import figures
@@ -153,6 +155,33 @@ def adapter_files() -> list[Files]:
             contents.append(path.read_bytes())
     return [{"adapter_config.json": as_json(ADAPTER | change), "adapter_model.safetensors": content}
             for change, content in zip(({}, {"use_dora": True, "use_rslora": True}), contents, strict=True)]
+
+
+QUANTIZED = Path(__file__).parent / "weights" / "data" / "quantized"
+META = QUANTIZED.parent / "meta"
+
+
+def quantized_files() -> list[Files]:
+    """What other programs have quantized, in all formats that are read."""
+    return [{"config.json": path.read_bytes(), SINGLE: path.with_suffix(".safetensors").read_bytes()}
+            for path in sorted(QUANTIZED.glob("*.json"))]
+
+
+def meta_files() -> list[Files]:
+    """Meta's own files, of one rank and of two."""
+    tokens = b"".join(base64.b64encode(bytes([byte])) + b" %d\n" % byte for byte in range(256))
+    beside = {"params.json": (META / "params.json").read_bytes(), "tokenizer.model": tokens}
+    one, *two = (saved(META / name) for name in ("ranks1.0.safetensors", "ranks2.0.safetensors",
+                                                 "ranks2.1.safetensors"))
+    return [beside | {"consolidated.pth": one},
+            beside | {"consolidated.00.pth": two[0], "consolidated.01.pth": two[1]}]
+
+
+def saved(path: Path) -> bytes:
+    """The tensors of a safetensors file as torch.save writes them."""
+    file = io.BytesIO()
+    torch.save(load_file(path), file)
+    return file.getvalue()
 
 
 # ----- the text side
