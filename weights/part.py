@@ -33,8 +33,10 @@ class Part:
         return self.dim == 0 and self.whole.maps
 
     def read(self) -> Tensor:
-        """Rows are a view of the mapped file; columns are a copy, as their numbers do not lie together."""
-        return self.ranks.part(self.whole.read(), self.dim).contiguous()
+        """Rows are a view of the mapped file; all else is a copy: columns, as their numbers do not lie
+        together, and what was made in memory, or its other rows would stay there."""
+        part = self.ranks.part(self.whole.read(), self.dim)
+        return part if self.maps else part.clone(memory_format=torch.contiguous_format)
 
     def parts(self) -> dict[str, Tensor]:
         """Of a weight in 8 or 4 bits: its codes, and the scales that belong to them. Raises ValueError where

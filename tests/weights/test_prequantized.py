@@ -14,8 +14,10 @@ from model.image_tokens import Tiles
 from model.llama_vision import LlamaVision
 from weights import load_model
 from weights.checkpoint import open_checkpoint
+from weights.part import Part
 from weights.quantized_linear import QuantizedLinear
 from weights.quantized_parts import Quantized
+from weights.ranks import Ranks
 
 NAMES = sorted(path.stem for path in DATA.glob("*.json"))
 HALF = {"nf4_float16": torch.float16}
@@ -57,6 +59,32 @@ def test_pieces_make_no_difference(name, numbers, tmp_path, monkeypatch):
     for key, stored in found.items():
         assert torch.equal(stored.read(), whole[key]), key
         assert whole[key].dtype == stored.dtype and list(whole[key].shape) == stored.shape
+
+
+def test_an_adapter_that_was_trained_on_four_bits(tmp_path):
+    """QLoRA: what is added to the dequantized weights is what was trained beside them."""
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    base.mkdir()
+    adapter.mkdir()
+    left, right = torch.randn(36, 2), torch.randn(2, 36)
+    module = "base_model.model.model.language_model.layers.0.self_attn.q_proj"
+    save_file({f"{module}.lora_A.weight": right, f"{module}.lora_B.weight": left},
+              adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps(
+        {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}))
+    name = "language_model.layers.0.self_attn.q_proj.weight"
+    dequantized = open_checkpoint(folder_of("nf4", base))[name].read().float()
+    merged = load_model(base, dtype="fp32", adapters=[adapter]).state_dict()[name]
+    torch.testing.assert_close(merged, dequantized + 2 * left @ right)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_rank_keeps_its_part_alone(dim, tmp_path):
+    """Dequantized whole, but the other half does not stay in memory."""
+    stored = open_checkpoint(folder_of("w4a16", tmp_path))["language_model.layers.0.mlp.up_proj.weight"]
+    halves = [Part(stored, Ranks(rank, 2), dim).read() for rank in range(2)]
+    assert torch.equal(torch.cat(halves, dim), stored.read())
+    assert all(half.untyped_storage().nbytes() == half.nbytes for half in halves)
 
 
 def test_parts_of_a_weight_in_two_files(tmp_path):
