@@ -25,7 +25,7 @@ from weights.files import replacing
 from weights.generation_config import read_sampling
 from weights.image_source import images_from, is_path
 from weights.messages import named, quoted, reason
-from weights.quantize import weights_words
+from weights.quantized_layers import weights_words
 from weights.wide import wide_words
 
 # ----- arguments

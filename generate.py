@@ -61,7 +61,7 @@ from weights.images import ImageProcessor
 from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
-from weights.quantize import check_quantize
+from weights.quantized_layers import check_quantize
 from weights.ranks import Ranks, join
 from weights.room import check_answer
 from weights.stop_texts import StopTexts, check_stops

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -149,3 +150,17 @@ def _mode_of_regular(path: Path) -> int | None:
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, "Not a regular file", str(path))
     return stat.S_IMODE(mode)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """Gives a new temporary folder beside `path`; when the block ends without an error, it becomes `path`,
+    which must not be there. Whatever goes wrong, nothing is left. Raises OSError as `mkdir` does."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}")
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        os.rename(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

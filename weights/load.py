@@ -29,7 +29,7 @@ from weights.names import EMBEDDING, HEAD, official_name
 from weights.parallel import connect, divide
 from weights.part import Part
 from weights.progress import Progress, gigabytes, silent
-from weights.quantize import check_quantize, fill, quantized_layers
+from weights.quantized_layers import check_quantize, fill, quantized_layers
 from weights.quantized_linear import Int8Linear, QuantizedLinear
 from weights.ranks import Ranks
 from weights.room import check_weights
@@ -50,7 +50,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     Parameters require gradients as in any nn.Module, unless weights are in several places: several devices
     "cuda:0,cuda:1" share the decoder's layers, with `offload` what does not fit on a GPU stays in the CPU's
     memory, and of several `ranks` each has its share of all layers; or unless they have 8 or 4 bits,
-    because `quantize` asks for it (one of `weights.quantize.WAYS`) or the checkpoint has them so. Raises
+    because `quantize` asks for it (one of `quantized_layers.WAYS`) or the checkpoint has them so. Raises
     ValueError with one line for whatever is wrong with the arguments or files, or where memory is too small.
     """
     ranks = ranks or Ranks()
@@ -59,6 +59,30 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     check_quantize(quantize, devices[0], dtype)
     adapters = find_adapters(adapters)
     folder = find_base(source, revision, adapters)
+    model, found, dtype = without_weights(folder, adapters, dtype)
+    vocabulary = model.config.text.vocab_size
+    found = divide(model, found, ranks, offload)
+    layers = quantized_layers(model, found, quantize, devices[0], dtype)
+    if is_slow(dtype, devices[0]):
+        widen(model)
+    placement = Placement(model, devices, dtype, offload)
+    check_weights(found, layers, placement, dtype, folder)
+    state = _read(found, layers, placement, dtype, folder, progress)
+    if HEAD not in found:                               # rows after the vocabulary (<|image|>) have no logit
+        tie(state, layers, ranks.part(state[EMBEDDING][:vocabulary], 0))
+    for name, layer in layers.items():
+        state |= layer.named_buffers(name.removesuffix(".weight"))
+    model.load_state_dict(state, assign=True)
+    model.eval().requires_grad_(not layers)
+    placement.connect(model)
+    connect(model, ranks)
+    return model
+
+
+def without_weights(folder: Path, adapters: Sequence[str | Path], dtype: torch.dtype | None
+                    ) -> tuple[LlamaVision, dict[str, Stored], torch.dtype]:
+    """The model of a checkpoint on the meta device; what each parameter is read from, but for a head that is
+    tied to the embedding; and the dtype, which is the checkpoint's own if None is given. All is checked."""
     found = open_checkpoint(folder)
     config = with_stored_rows(read_config(folder), found, folder)
     opened = [open_adapter(adapter) for adapter in adapters if adapter != NONE]
@@ -67,28 +91,11 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
         config = with_stored_rows(config, found, folder)        # an adapter may bring an embedding of its own
     model = empty_model(config, folder)
     wanted = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
-    tied = config.text.tie_word_embeddings and HEAD not in found
-    if tied:
+    if config.text.tie_word_embeddings and HEAD not in found:
         del wanted[HEAD]
     _check_names(folder, wanted, found)
     own_dtype = _check_tensors(wanted, found)
-    dtype = own_dtype if dtype is None else dtype
-    found = divide(model, found, ranks, offload)
-    layers = quantized_layers(model, found, quantize, devices[0], dtype)
-    if is_slow(dtype, devices[0]):
-        widen(model)
-    placement = Placement(model, devices, dtype, offload)
-    check_weights(found, layers, placement, dtype, folder)
-    state = _read(found, layers, placement, dtype, folder, progress)
-    if tied:                                            # rows after the vocabulary (<|image|>) have no logit
-        tie(state, layers, ranks.part(state[EMBEDDING][:config.text.vocab_size], 0))
-    for name, layer in layers.items():
-        state |= layer.named_buffers(name.removesuffix(".weight"))
-    model.load_state_dict(state, assign=True)
-    model.eval().requires_grad_(not layers)
-    placement.connect(model)
-    connect(model, ranks)
-    return model
+    return model, found, own_dtype if dtype is None else dtype
 
 
 def _read(found: dict[str, Stored | Part], layers: dict[str, QuantizedLinear], placement: Placement,

@@ -20,7 +20,7 @@ from model.config import Config
 from model.image_tokens import Grid
 from model.llama_vision import LlamaVision
 from weights.messages import quoted
-from weights.quantize import choice
+from weights.quantized_layers import choice
 from weights.shapes import OFFICIAL, without_weights
 
 FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}        # and the `quantize` of each

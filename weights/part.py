@@ -38,10 +38,13 @@ class Part:
         part = self.ranks.part(self.whole.read(), self.dim)
         return part if self.maps else part.clone(memory_format=torch.contiguous_format)
 
-    def parts(self) -> dict[str, Tensor]:
-        """Of a weight in 8 or 4 bits: its codes, and the scales that belong to them. Raises ValueError where
-        groups of inputs do not divide."""
-        codes, scale = self.whole.parts().values()
+    def parts(self) -> dict[str, Tensor] | None:
+        """Of a weight in 8 or 4 bits: its codes, and the scales that belong to them; of others None. Raises
+        ValueError where groups of inputs do not divide."""
+        whole = self.whole.parts()
+        if whole is None:
+            return None
+        codes, scale = whole.values()
         grouped = scale.ndim == 3                                               # [G, N, 2], else [N]
         if grouped or self.dim == 0:
             scale = self.ranks.part(scale, 1 - self.dim if grouped else 0)

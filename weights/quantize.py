@@ -1,102 +1,131 @@
-"""Weights in 8 or 4 bits: which layers, at load or written to a folder that loads in seconds.
+"""A checkpoint whose weights have 8 or 4 bits, in a folder that loads in seconds.
 
     python -m weights.quantize MODEL OUT --int4             OUT is then a --model like any other
 
-`int8` rounds all projections of the decoder and the head, `int4` those projections to 4 bits and the head to
-8. Norms, gates, the embedding, the projector and the vision tower stay as they are; `int8+tower` and
-`int4+tower` round the tower's linear layers to 8 bits. A layer whose size 4 bits do not allow has 8 bits, and
-one that the kernels cannot take at all stays as it is. One tensor is read, rounded and dropped at a time.
+MODEL is what --model takes. OUT holds the rounded weights, the same for every device, and MODEL's small
+files; `quantization_config` in its config.json says what it is. It is written whole or not at all. One tensor
+is read, rounded and written at a time.
 """
-import re
+import argparse
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from model.llama_vision import LlamaVision
-from weights.messages import quoted
-from weights.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
+from weights.adapter_file import find_adapters, text_folder
+from weights.adapters import FirstRows, find_base
+from weights.device import parse_dtype
+from weights.files import MOST_BYTES, exists, new_folder, read_json
+from weights.load import without_weights
+from weights.messages import named, reason
+from weights.names import EMBEDDING, HEAD, official_name
+from weights.quantization_config import OWN_METHOD
+from weights.quantized_layers import check_quantize, quantized_layers
+from weights.quantized_linear import QuantizedLinear
+from weights.safetensors_file import ALIGNMENT, QUANTIZED, write_in_turn
 from weights.stored import Stored
 
-KINDS = {"int8": Int8Linear, "int4": Int4Linear}
-WAYS = *KINDS, *(f"{kind}+tower" for kind in KINDS)
-PROJECTIONS = re.compile(r"language_model\.layers\.\d+\..*_proj")
-HEAD = re.compile("lm_head")
-TOWER = re.compile(r"vision_model\.(global_)?transformer\.layers\..*")
+CPU = torch.device("cpu")
+SMALL_FILES = "*.json", "*.jinja", "*.txt", "*.md", "LICENSE*"
+UNTRUE = "config.json", "*.index.json", "adapter_config.json", "README.md", "accuracy.json"     # of OUT
 
 
-def check_quantize(way: str | None, device: torch.device, dtype: torch.dtype | None = None):
-    """Raise ValueError with one line for an unknown way, or where its kernels do not run."""
-    if way is None:
-        return
-    if way not in WAYS:
-        raise ValueError(f"unknown quantize {quoted(way)}: use one of {', '.join(WAYS)}")
-    check_kernels(KINDS[way[:4]], device, dtype)
+def write_quantized(source: str | Path, out: str | Path, way: str, dtype: str | torch.dtype | None = None,
+                    revision: str | None = None, adapters: Sequence[str | Path] = ()) -> Path:
+    """Write OUT from a checkpoint, quantised in one of `quantized_layers.WAYS`; scales and what stays in full
+    have the `dtype`, None for the checkpoint's own. Raises ValueError with one line where that cannot be."""
+    out = Path(out)
+    dtype = parse_dtype(dtype)
+    check_quantize(way, CPU, dtype)
+    if exists(out):
+        raise ValueError(f"{named(out)} is there already: name a folder that is not")
+    adapters = find_adapters(adapters)
+    folder = find_base(source, revision, adapters)
+    model, found, dtype = without_weights(folder, adapters, dtype)
+    layers = quantized_layers(model, found, way, CPU, dtype)
+    if any(stored.layer for stored in found.values()):
+        raise ValueError(f"{named(folder)}: its weights have 8 or 4 bits already; take the bf16 checkpoint")
+    if HEAD in layers and HEAD not in found:            # tied: the embedding stays in full
+        rows = found[EMBEDDING]
+        found[HEAD] = FirstRows(rows.shard, rows.name, rows, model.config.text.vocab_size)
+    like = {name: parts_of(name, stored, layers.get(name), dtype) for name, stored in found.items()}
+    order = sorted(found, key=lambda name: any(part.nbytes % ALIGNMENT for part in like[name].values()))
+    with new_folder(out) as partial:
+        check_room(partial, sum(part.nbytes for parts in like.values() for part in parts.values()))
+        write_settings(folder, text_folder(adapters), partial, way)
+        tensors = (tensor for name in order for tensor in made(found[name], layers.get(name), dtype))
+        in_order = {part: tensor for name in order for part, tensor in like[name].items()}
+        write_in_turn(partial / QUANTIZED, in_order, tensors)
+    return out
 
 
-def check_kernels(layer: type[QuantizedLinear], device: torch.device, dtype: torch.dtype | None):
-    """Raise ValueError with one line where no kernel computes such layers on a device, in a dtype."""
-    if dtype == torch.float64:
-        raise ValueError(f"{layer.kind} weights are not for fp64: choose the dtype bf16, fp16 or fp32")
-    if layer is Int4Linear and device.type == "mps":
-        raise ValueError("int4 weights run on cpu and cuda, not on mps: quantise to int8")
-    if layer is Int4Linear and device.type == "cuda" and dtype not in (None, torch.bfloat16):
-        raise ValueError(f"int4 weights on a GPU compute in bf16, not in {dtype}: choose the dtype bf16, or "
-                         "quantise to int8")
+def parts_of(name: str, stored: Stored, layer: QuantizedLinear | None,
+             dtype: torch.dtype) -> dict[str, Tensor]:
+    """What is written of a parameter: names and tensors without values."""
+    if layer is None:
+        return {official_name(name): torch.empty(stored.shape, dtype=dtype, device="meta")}
+    prefix = official_name(name).removesuffix("weight")
+    return {prefix + part: tensor for part, tensor in layer.empty(stored.shape, dtype).items()}
 
 
-def quantized_layers(model: LlamaVision, found: dict[str, Stored], way: str | None, device: torch.device,
-                     dtype: torch.dtype) -> dict[str, QuantizedLinear]:
-    """Replace the linear layers of a model on meta that hold 8 or 4 bits: those that are stored so, and those
-    that `way` chooses. Returns them, still empty, by the names of their weights.
-
-    Raises ValueError where what is stored has been rounded in another way, or where no kernel for it computes
-    on this device in this dtype.
-    """
-    layers = {}
-    for name, module in list(model.named_modules()):
-        if not isinstance(module, nn.Linear):
-            continue
-        weight = f"{name}.weight"
-        chosen = None if way is None else choice(name, list(module.weight.shape), way)
-        stored = None if weight not in found else found[weight].layer
-        if stored is not None:
-            if way is not None and chosen is not stored:
-                raise ValueError(f"the checkpoint has {stored.kind} weights, which cannot become {way}: "
-                                 "leave quantize out, or take the bf16 checkpoint")
-            chosen = stored
-        if chosen is not None:
-            check_kernels(chosen, device, dtype)
-            layers[weight] = chosen(module)
-            model.set_submodule(name, layers[weight])
-    return layers
-
-
-def choice(name: str, shape: list[int], way: str) -> type[QuantizedLinear] | None:
-    """What becomes of a linear layer of this name and shape [N, K]; None: nothing."""
-    kind, _, tower = way.partition("+")
-    eight = HEAD.fullmatch(name) or tower and TOWER.fullmatch(name)
-    if not eight and not PROJECTIONS.fullmatch(name):
-        return None
-    wanted = [Int8Linear] if eight else [KINDS[kind], Int8Linear]
-    return next((layer for layer in wanted if layer.fits(shape)), None)
-
-
-def weights_words(model: LlamaVision) -> str | None:
-    """For people: what a quantised model's weights are, and their bytes; None for any other model."""
-    kinds = sorted({module.kind for module in model.modules() if isinstance(module, QuantizedLinear)})
-    if not kinds:
-        return None
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return f"{' and '.join(kinds)} weights; all weights together take {held / 1e6:,.1f} MB"
-
-
-def fill(layer: QuantizedLinear, stored: Stored, works_on: torch.device, kept_on: torch.device,
-         dtype: torch.dtype):
-    """Give a layer its weight: what is stored, or else the numbers that are stored, rounded on the device
-    that it works on. It may be kept on another one, for copies."""
-    if stored.layer is not None:
-        layer.fill(stored.parts(), works_on, dtype)
+def made(stored: Stored, layer: QuantizedLinear | None, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The same with their values."""
+    if layer is None:
+        yield stored.read().to(dtype)
     else:
-        layer.fill(layer.rounded(stored.read().to(works_on), dtype), works_on, dtype)
-        stored.forget()
-    layer.weight, layer.scale = layer.weight.to(kept_on), layer.scale.to(kept_on)
+        yield from layer.rounded(stored.read(), dtype).values()
+    stored.forget()
+
+
+def check_room(folder: Path, needed: int):
+    """Raise ValueError where a disk has too little room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{named(folder.parent)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                         "free on this disk; name a folder on a larger one")
+
+
+def write_settings(folder: Path, text: Path | None, out: Path, way: str):
+    """Everything but weights: the small files of a checkpoint, its tokenizer perhaps of an adapter."""
+    for source in [folder, *([] if text is None else [text])]:
+        for path in sorted(path for pattern in SMALL_FILES for path in source.glob(pattern)):
+            small = path.is_file() and path.stat().st_size <= MOST_BYTES
+            if small and not any(path.match(pattern) for pattern in UNTRUE):
+                shutil.copyfile(path, out / path.name)
+    settings = read_json(folder / "config.json")
+    for section in settings, settings.get("text_config") or {}:
+        section.pop("quantization_config", None)        # of a checkpoint that others had quantized
+        section.pop("compression_config", None)
+    settings["quantization_config"] = {"quant_method": OWN_METHOD, "weights": way}
+    (out / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def main(words: list[str] | None = None):
+    parser = argparse.ArgumentParser(prog="python -m weights.quantize", description=__doc__.splitlines()[0])
+    parser.add_argument("model", metavar="MODEL", help="'tiny', a folder, or a hub id")
+    parser.add_argument("out", metavar="OUT", help="a new folder")
+    kind = parser.add_mutually_exclusive_group(required=True)
+    kind.add_argument("--int8", dest="kind", action="store_const", const="int8", help="8 bits a weight")
+    kind.add_argument("--int4", dest="kind", action="store_const", const="int4", help="4 bits, the head 8")
+    parser.add_argument("--tower", action="store_true", help="the vision tower, too: 8 bits")
+    parser.add_argument("--dtype", metavar="T", help="of all else; default: the checkpoint's own")
+    parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
+    parser.add_argument("--adapter", action="append", default=[], metavar="A", help="merge it first")
+    args = parser.parse_args(words)
+    try:
+        way = args.kind + "+tower" * args.tower
+        out = write_quantized(args.model, args.out, way, args.dtype, args.revision, args.adapter)
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"error: {named(args.out)}: cannot be written ({reason(error)})\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
+    print(out)
+
+
+if __name__ == "__main__":
+    main()

@@ -15,7 +15,7 @@ from model.llama_vision import LlamaVision
 from weights.devices import Placement
 from weights.free import free_memory
 from weights.messages import named
-from weights.quantize import choice
+from weights.quantized_layers import choice
 from weights.quantized_linear import Int8Linear, QuantizedLinear
 from weights.stored import Stored
 

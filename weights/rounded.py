@@ -10,7 +10,7 @@ from torch import Tensor
 
 from weights.messages import named, quoted
 from weights.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
-from weights.safetensors_file import STORED, Shard
+from weights.safetensors_file import ALIGNMENT, STORED, Shard
 from weights.stored import Stored
 
 
@@ -31,8 +31,10 @@ class Rounded(Stored):
         return STORED[self.shard.entries[self.scale]["dtype"]]
 
     def parts(self) -> dict[str, Tensor]:
-        """What the file holds, for `layer.fill`."""
-        return {"weight": self.shard.view(self.name), "scale": Stored(self.shard, self.scale).read()}
+        """What the file holds, for `layer.fill`: views of it, or copies where kernels need an alignment."""
+        codes = self.shard.view(self.name)
+        return {"weight": codes.clone() if codes.data_ptr() % ALIGNMENT else codes,
+                "scale": Stored(self.shard, self.scale).read()}
 
     def read(self) -> Tensor:
         """The numbers that codes and scales stand for."""

@@ -28,6 +28,7 @@ PACKED = {"U8": torch.uint8, "I8": torch.int8, "I32": torch.int32, "I64": torch.
 BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8,
         "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
         "I32": 32, "U32": 32, "F32": 32, "C64": 64, "F64": 64, "I64": 64, "U64": 64}    # of a number
+ALIGNMENT = 64                      # bytes, at which kernels want a tensor to begin
 MAX_HEADER = 10_000_000             # bytes; that of the 90B, in one file, would have 200 kB
 NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)     # of Linux; Python knows its name since 3.13
 
@@ -196,7 +197,7 @@ def write_in_turn(path: str | Path, like: dict[str, Tensor], tensors: Iterable[T
         header[name] = {"dtype": codes[tensor.dtype], "shape": list(tensor.shape),
                         "data_offsets": [start, end]}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with replacing(path) as partial, partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors:

@@ -34,6 +34,10 @@ class Stored:
         tensor = self.shard.view(self.name)
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
+    def parts(self) -> dict[str, Tensor] | None:
+        """What a QuantizedLinear holds, where that is stored; else None."""
+        return None
+
     def forget(self):
         """The pages of the file that were read are no longer needed."""
         self.shard.forget(self.name)

@@ -19,7 +19,7 @@ from model.llama_vision import LlamaVision
 from pruning import load
 from weights import config_from_dict, load_model, save_model
 from weights.names import official_name
-from weights.quantize import WAYS, check_quantize
+from weights.quantized_layers import WAYS, check_quantize
 from weights.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from weights.tokenizer import messages
 
