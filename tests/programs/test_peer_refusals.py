@@ -49,6 +49,13 @@ def test_bad_input(plain):
         assert "\n" not in str(error.value)
 
 
+def test_an_embedding_that_transformers_does_not_load_is_refused():
+    """After its own resize_token_embeddings, both have one length, and it does not load what it has saved."""
+    config = Config(SHAPES["plain"].vision, replace(TEXT, extra_embeddings=0), 20)
+    with pytest.raises(ValueError, match="must have 8 rows more than its head, and this one has 0: leave out"):
+        Peer(LlamaVision(config))
+
+
 def test_cross_attention_in_the_first_layer_is_refused():
     """Its masks are as long as the cache of the first layer, there the image's."""
     config = Config(SHAPES["plain"].vision, replace(TEXT, cross_attention_layers=(0, 3)), 60)

@@ -107,6 +107,21 @@ def test_every_spelling_gives_the_same_model(tmp_path, spelling):
     assert_equal(load_model(tmp_path), tensors)
 
 
+def test_the_names_that_the_wrappers_themselves_give(tmp_path):
+    tensors = small_tensors()
+    wrapped = load_model(single(tmp_path, tensors))
+    layers = wrapped.language_model.layers
+    layers[0] = torch.compile(layers[0])
+    layers[1] = torch.nn.DataParallel(layers[1])
+    wrapped.vision_model = torch.compile(torch.nn.DataParallel(wrapped.vision_model))
+    stored = torch.nn.DataParallel(wrapped).state_dict()
+    assert "module.language_model.layers.0._orig_mod.mlp.up_proj.weight" in stored
+    assert "module.vision_model._orig_mod.module.class_embedding" in stored
+    other = tmp_path / "other"
+    other.mkdir()
+    assert_equal(load_model(single(other, stored)), tensors)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "bf16", "float16", "fp16", "float64", "fp64", torch.bfloat16])
 def test_dtype(sharded, dtype):
     model = load_model(sharded, dtype=dtype)
