@@ -46,11 +46,8 @@ class Merged(Stored):
 
     @property
     def layer(self) -> type[QuantizedLinear] | None:
+        """That of the base: the merged numbers are rounded as its were."""
         return self.base.layer
-
-    def parts(self) -> dict[str, Tensor]:
-        """Where the base has 8 or 4 bits: the merged numbers, rounded in the same way again."""
-        return self.layer.rounded(self.read(), self.kind)
 
     def forget(self):
         self.base.forget()
