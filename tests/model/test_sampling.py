@@ -33,6 +33,17 @@ def test_answers_end_at_their_stop_tokens(behind):
     assert made.decoded == 3            # the first tokens come from prefill; stop tokens count
 
 
+@pytest.mark.parametrize("behind", [0, 1])
+def test_emit_may_end_an_answer(behind):
+    """By True itself: what else it returns, as `write` does, means nothing."""
+    made, _ = transcript(2, behind)
+    made.emit = lambda sequence, token: True if (sequence, token) == (0, 6) else 1
+    for tokens in (5, 5), (6, 6), (7, 7), (8, STOP):
+        push(made, *tokens)
+    made.finish()
+    assert made.ended and made.tokens == [[5, 6], [5, 6, 7]]
+
+
 def test_a_gpu_is_read_one_step_behind():
     made, emitted = transcript(1, behind=1)
     push(made, 5)
