@@ -38,10 +38,10 @@ class Part:
         part = self.ranks.part(self.whole.read(), self.dim)
         return part if self.maps else part.clone(memory_format=torch.contiguous_format)
 
-    def parts(self) -> dict[str, Tensor] | None:
+    def codes(self) -> dict[str, Tensor] | None:
         """Of a weight in 8 or 4 bits: its codes, and the scales that belong to them; of others None. Raises
         ValueError where groups of inputs do not divide."""
-        whole = self.whole.parts()
+        whole = self.whole.codes()
         if whole is None:
             return None
         codes, scale = whole.values()

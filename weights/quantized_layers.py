@@ -94,7 +94,7 @@ def fill(layer: QuantizedLinear, stored: Stored, works_on: torch.device, kept_on
          dtype: torch.dtype):
     """Give a layer its weight: what is stored, or else the numbers that are stored, rounded on the device
     that it works on. It may be kept on another one, for copies."""
-    parts = stored.parts()
+    parts = stored.codes()
     if parts is not None:
         layer.fill(parts, works_on, dtype)
     else:

@@ -30,7 +30,7 @@ class Rounded(Stored):
     def dtype(self) -> torch.dtype:
         return STORED[self.shard.entries[self.scale]["dtype"]]
 
-    def parts(self) -> dict[str, Tensor]:
+    def codes(self) -> dict[str, Tensor]:
         """What the file holds, for `layer.fill`: views of it, or copies where kernels need an alignment."""
         codes = self.shard.view(self.name)
         return {"weight": codes.clone() if codes.data_ptr() % ALIGNMENT else codes,
@@ -38,7 +38,7 @@ class Rounded(Stored):
 
     def read(self) -> Tensor:
         """The numbers that codes and scales stand for."""
-        return self.layer.numbers(self.parts())
+        return self.layer.numbers(self.codes())
 
 
 def rounded(shard: Shard, name: str) -> Rounded | None:

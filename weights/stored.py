@@ -34,7 +34,7 @@ class Stored:
         tensor = self.shard.view(self.name)
         return tensor.clone() if tensor.data_ptr() % tensor.element_size() else tensor
 
-    def parts(self) -> dict[str, Tensor] | None:
+    def codes(self) -> dict[str, Tensor] | None:
         """What a QuantizedLinear holds, where that is stored; else None."""
         return None
 

@@ -181,7 +181,7 @@ def test_weights_in_8_or_4_bits_have_them_again_after_merging(base, tmp_path, ki
     weight = "language_model.layers.0.self_attn.q_proj.weight"
     merged = with_adapters(found, [adapter], read_config(base), None)[weight]
     wanted = kind.numbers(made).float() + 1.5 * delta
-    assert merged.layer is kind and not merged.maps and merged.parts() is None
+    assert merged.layer is kind and not merged.maps and merged.codes() is None
     close(merged.read(), wanted, atol=1e-5)
     if kind is Int8Linear:
         model = load_model(tmp_path, adapters=[tmp_path / "adapter"])

@@ -29,7 +29,7 @@ class InMemory:
     def read(self) -> Tensor:
         return self.numbers
 
-    def parts(self) -> dict[str, Tensor]:
+    def codes(self) -> dict[str, Tensor]:
         return self.layer.rounded(self.numbers, self.dtype)
 
 
@@ -58,9 +58,9 @@ def test_rows_are_a_view_and_columns_a_copy():
 @pytest.mark.parametrize("layer", [Int8Linear, Int4Linear])
 def test_codes_and_scales_go_together(layer, dim):
     stored = InMemory(noise(64, 128), layer)
-    whole = layer.numbers(stored.parts())
+    whole = layer.numbers(stored.codes())
     parts = parts_of(stored, dim, 2)
-    assert torch.equal(torch.cat([layer.numbers(part.parts()) for part in parts], dim), whole)
+    assert torch.equal(torch.cat([layer.numbers(part.codes()) for part in parts], dim), whole)
     assert all(part.layer is layer for part in parts)
 
 
@@ -69,4 +69,4 @@ def test_groups_that_do_not_divide():
     for layer, columns in (Int4Linear, 96), (Int8Linear, 48):
         part = Part(InMemory(noise(32, columns), layer), Ranks(0, 2), 1)
         with refused("do not divide over 2 processes", parts=[layer.kind]):
-            part.parts()
+            part.codes()

@@ -69,7 +69,7 @@ def test_tensors_are_mapped_and_aligned_where_sizes_allow(tmp_path):
     rounded = [stored for stored in open_checkpoint(out).values() if stored.layer]
     views = 0
     for stored in rounded:
-        weight = stored.parts()["weight"]
+        weight = stored.codes()["weight"]
         assert weight.data_ptr() % 64 == 0
         views += weight.data_ptr() == stored.shard.view(stored.name).data_ptr()
     assert len(rounded) / 2 < views < len(rounded)          # those of odd sizes lie last, and are copied
