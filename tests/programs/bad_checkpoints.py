@@ -88,9 +88,9 @@ CONFIGS = [
     ("taps a word", config("vision_config.intermediate_layers_indices", "1"), "intermediate_layers_indices"),
     ("ratios numbers", config("vision_config.supported_aspect_ratios", [1, 2]), "supported_aspect_ratios"),
     ("stop tokens an object", config("text_config.eos_token_id", {"a": 1}), "eos_token_id"),
-    *((method, config(f"{section}quantization_config", {"quant_method": method}), f"quantized ({method})",
+    *((method, config(f"{section}quantization_config", {"quant_method": method}), f"quantized ({name})",
        "bf16 checkpoint")
-      for method, section in (("bitsandbytes", ""), ("gptq", ""), ("compressed-tensors", "text_config."))),
+      for method, name, section in (("gptq", "GPTQ", ""), ("awq", "AWQ", "text_config."))),
 ]
 
 WEIGHT_FILES = [
@@ -104,7 +104,7 @@ WEIGHT_FILES = [
     ("extra tensor", tensor("x", torch.ones(2)), "unexpected tensors (1)", "'x'"),
     ("wrong shape", tensor(NORM, torch.ones(2)), NORM, "[2]", "[160]"),
     ("whole numbers", tensor(NORM, torch.ones(160, dtype=torch.int8)), NORM, "I8", "bf16 checkpoint"),
-    ("quantized", tensor(NORM + ".absmax", torch.ones(2)), "bitsandbytes 4-bit", "bf16 checkpoint"),
+    ("quantized", tensor(NORM + ".absmax", torch.ones(2)), "bitsandbytes (4 bits)", "quant_map"),
     ("missing shard", weights(None, index(*SHARDS), (SHARDS[0], b"")), "missing files (1)", SHARDS[1]),
     ("cut shard", weights(None, index(SHARDS[0]), (SHARDS[0], b"12345678")), SHARDS[0], "copy it again"),
     ("index not JSON", weights(None, (INDEX, b"?")), INDEX, "not readable as JSON"),
