@@ -76,7 +76,9 @@ def allocated(found: Mapping[str, Stored], kinds: Kinds, device: torch.device, d
 
 def check_answer(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None,
                  max_new_tokens: int):
-    """Raise ValueError with one line where the caches of these answers need more memory than is free."""
+    """Raise ValueError with one line where prompts cannot be answered, or need caches of more memory than is
+    free."""
+    model.check_prompts(prompts, max_new_tokens)        # first: no memory would do for what is too long
     text = model.config.text
     batch = len(prompts)
     each = 2 * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
