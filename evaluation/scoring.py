@@ -60,13 +60,13 @@ def paired_bootstrap(right_a: Sequence[Sequence], right_b: Sequence[Sequence], r
                      seed: int = 0) -> tuple[float, float, float]:
     """Accuracy of `a` minus that of `b` on the same questions, and the ends of its 95 % interval.
 
-    Each has, for every image, whether its questions were answered rightly: truth values, or a string of 0
+    Each has, for every image, how well its questions were answered: truth values, numbers, or a string of 0
     and 1, as in `row["right"].split()`. Raises ValueError where the questions are not the same.
     """
     if [len(answers) for answers in right_a] != [len(answers) for answers in right_b] or not right_a:
         raise ValueError("only rows with the same questions about the same images can be compared")
     pairs = zip(right_a, right_b, strict=True)
-    sums = torch.tensor([[sum(map(int, a)) - sum(map(int, b)), len(a)] for a, b in pairs],
+    sums = torch.tensor([[sum(map(float, a)) - sum(map(float, b)), len(a)] for a, b in pairs],
                         dtype=torch.float64)                                                # [P, 2]
     generator = torch.Generator().manual_seed(seed)
     totals = []

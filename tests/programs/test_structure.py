@@ -37,7 +37,9 @@ def room_of(path: Path) -> str:
 
 
 def is_program(path: Path) -> bool:
-    return path.stem in PROGRAMS or path.parent.name == "scenes" and path.stem.startswith("train")
+    """The adapter of lmms-eval is one too: it is lmms-eval's `generate.py`."""
+    return path.stem in PROGRAMS or path.parent.name == "scenes" and path.stem.startswith("train") or (
+        path.parent.name == "lmms" and path.stem in ("adapter", "questions"))
 
 
 def imported(path: Path) -> list[str]:

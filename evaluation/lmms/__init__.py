@@ -1,0 +1,1 @@
+"""Official benchmarks through lmms-eval: the adapter, tasks, fake data, the paper's tables."""
