@@ -97,6 +97,9 @@ def run_with_others(command: Callable, arguments: Callable, together: bool):
         if not together:
             fail("torchrun is for generate.py and evaluate.py: start this program with python")
         run_alone(command, arguments)
+        from weights.ranks import leave  # here, because it imports torch
+
+        leave()
     except SystemExit as end:
         code = end.code
     except BaseException:

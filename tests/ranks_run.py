@@ -13,7 +13,7 @@ from tempfile import TemporaryDirectory
 from torch.distributed import TCPStore
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["pytest", "evaluate", "benchmark", "pruning.over_ranks"])
+CONTEXT.set_forkserver_preload(["pytest", "torch._dynamo", "evaluate", "benchmark", "pruning.over_ranks"])
 
 
 @dataclass

@@ -4,7 +4,8 @@
 
 11B comes in one .pth, 90B in eight. OUT gets safetensors files, config.json, and what the text and the images
 need; it is written whole or not at all. Tensors are made one at a time from memory-mapped files, so memory
-holds about one, and no code in a .pth is run.
+holds about one, and no code in a .pth is run. Whether a model answers or continues texts is in none of Meta's
+files: --base says that it is not an Instruct model.
 """
 import argparse
 import json
@@ -32,9 +33,10 @@ SHARD = 5_000_000_000               # bytes of a file, as the hub has them
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # CLIP's
 
 
-def from_meta(folder: str | Path, out: str | Path, shard: int = SHARD) -> Path:
+def from_meta(folder: str | Path, out: str | Path, base: bool = False, shard: int = SHARD) -> Path:
     """Write OUT, a checkpoint in the official layout, from a folder of Meta's files; `shard` bytes a file.
 
+    A `base` model continues texts: only `<|end_of_text|>` ends them, and it has no chat format.
     Without tokenizer.model there is no text side, and a tokenizer.json must be added. Raises ValueError with
     one line where files are missing, damaged or of another model, or where OUT is there already.
     """
@@ -46,7 +48,7 @@ def from_meta(folder: str | Path, out: str | Path, shard: int = SHARD) -> Path:
     params = read_params(folder)
     converted = convert(open_ranks(folder), params)
     like, settings = _checked(folder, converted, params)
-    text = _text_side(folder, params)
+    text = _text_side(folder, params, base)
     partial = out.with_name(f".{out.name[:40]}.{secrets.token_hex(8)}")
     try:
         partial.mkdir(parents=True)
@@ -120,7 +122,7 @@ def _shards(like: dict[str, Tensor], most: int) -> Iterator[list[str]]:
     yield names
 
 
-def _text_side(folder: Path, params: dict) -> dict[str, object]:
+def _text_side(folder: Path, params: dict, base: bool) -> dict[str, object]:
     """The files of the tokenizer, by their names; no tokenizer.model, none."""
     path = folder / "tokenizer.model"
     if not exists(path):
@@ -129,14 +131,15 @@ def _text_side(folder: Path, params: dict) -> dict[str, object]:
         return {}
     ranks = read_ranks(path, params["vocab_size"])
     special = special_tokens(len(ranks))
-    stops = [special[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")]
+    stops = [special[name] for name in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")[:1 if base else 3]]
+    sampling = {} if base else {"do_sample": True, "temperature": 0.6, "top_p": 0.9}
     return {"tokenizer.json": tokenizer_json(ranks),
             "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast",
-                                      "bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>",
+                                      "bos_token": "<|begin_of_text|>",
+                                      "eos_token": "<|end_of_text|>" if base else "<|eot_id|>",
                                       "pad_token": "<|finetune_right_pad_id|>"},
             "generation_config.json": {"bos_token_id": special["<|begin_of_text|>"], "eos_token_id": stops,
-                                       "pad_token_id": special["<|finetune_right_pad_id|>"],
-                                       "do_sample": True, "temperature": 0.6, "top_p": 0.9}}
+                                       "pad_token_id": special["<|finetune_right_pad_id|>"], **sampling}}
 
 
 def _image_side(params: dict) -> dict[str, object]:
@@ -155,9 +158,10 @@ def main(words: list[str] | None = None):
     parser = argparse.ArgumentParser(prog="python -m weights.from_meta", description=__doc__.splitlines()[0])
     parser.add_argument("folder", metavar="FOLDER", help="consolidated.*.pth, params.json, tokenizer.model")
     parser.add_argument("out", metavar="OUT", help="a new folder for safetensors and config.json")
+    parser.add_argument("--base", action="store_true", help="not an Instruct model: it continues texts")
     args = parser.parse_args(words)
     try:
-        out = from_meta(args.folder, args.out)
+        out = from_meta(args.folder, args.out, args.base)
     except ValueError as error:
         parser.exit(2, f"error: {error}\n")
     except OSError as error:

@@ -1,6 +1,7 @@
 """What a model takes: bytes of its weights in each format and of an answer, and what speed they allow.
 
-    python -m weights.memory --shape 11b,90b        a table, from the shapes alone: nothing is downloaded
+    python -m weights.memory --shape 11b,90b        tables, from the shapes alone: nothing is downloaded
+    python -m weights.memory --processes            what each of several processes holds
 
 The formulas. Every weight is read once for each token, so a device that reads B bytes a second makes at most
 B / (bytes read a token) tokens a second. Encoding and prefill are products of many positions, so a device of
@@ -20,7 +21,9 @@ from model.config import Config
 from model.image_tokens import Grid
 from model.llama_vision import LlamaVision
 from weights.messages import quoted
+from weights.parallel import narrow
 from weights.quantized_layers import choice
+from weights.ranks import Ranks
 from weights.shapes import OFFICIAL, without_weights
 
 FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}        # and the `quantize` of each
@@ -31,6 +34,7 @@ CARDS = 8, 12, 16, 24, 32, 48, 80, 96, 141      # GB of memory that GPUs are sol
 CARD_RESERVE = 10 ** 9                          # bytes of a GPU that CUDA itself and a screen take
 # Bytes and bf16 operations a second: two channels of DDR5-5600 with a CPU of 8 cores; RTX 4090; H100 SXM. The
 # data sheets' ceilings, which no program reaches.
+PROCESSES = 2, 4, 8
 MACHINES = {"desktop CPU": (90e9, 1e12), "RTX 4090": (1008e9, 165e12), "H100": (3350e9, 989e12)}
 
 
@@ -118,6 +122,18 @@ def table(shapes: dict[str, Config]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def shares(shapes: dict[str, Config]) -> Iterator[str]:
+    """Lines of a table in Markdown: weights in each of the processes that hold a model together."""
+    yield f"| checkpoint | format | {' | '.join(f'{count} processes' for count in PROCESSES)} |"
+    yield "|" + "---|" * (2 + len(PROCESSES))
+    for name, config in shapes.items():
+        models = [without_weights(config) for _ in PROCESSES]
+        for model, count in zip(models, PROCESSES, strict=True):
+            narrow(model, Ranks(0, count))
+        for form, way in FORMATS.items():
+            yield f"| {' | '.join([name, form, *(gb(weight_bytes(model, way).total) for model in models)])} |"
+
+
 def gb(count: int) -> str:
     return f"{count / 1e9:.1f} GB"
 
@@ -125,11 +141,14 @@ def gb(count: int) -> str:
 def main():
     parser = argparse.ArgumentParser("python -m weights.memory", description="What the official models need.")
     parser.add_argument("--shape", default="11b,90b", help=f"one or several of {', '.join(OFFICIAL)}")
-    names = parser.parse_args().shape.split(",")
+    parser.add_argument("--processes", action="store_true", help="weights in each of several processes")
+    args = parser.parse_args()
+    names = args.shape.split(",")
     for name in names:
         if name not in OFFICIAL:
             parser.error(f"unknown shape {quoted(name)}: use one of {', '.join(OFFICIAL)}")
-    sys.stdout.write("".join(line + "\n" for line in table({name: OFFICIAL[name] for name in names})))
+    lines = (shares if args.processes else table)({name: OFFICIAL[name] for name in names})
+    sys.stdout.write("".join(line + "\n" for line in lines))
 
 
 if __name__ == "__main__":

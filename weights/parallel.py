@@ -3,9 +3,9 @@
     q, k, v, gate, up, fc1, the head        a share of the outputs: rows
     o, down, fc2                            a share of the inputs: columns; results are summed over ranks
 
-Shoeybi et al., "Megatron-LM", arXiv 1909.08053. Embeddings, norms, gates and the projector are whole on every
-rank, and so is the attention of the encoder's last layer, which pruners ask. `divide` acts before weights are
-read, so that each rank reads its share only, and `connect` after, around linear layers of whatever kind.
+Shoeybi et al., "Megatron-LM", arXiv 1909.08053. All else is whole on every rank, also the attention of the
+encoder's last layer, which pruners ask. `divide` acts before weights are read, so that each rank reads its
+share only, and `connect` after, around linear layers of whatever kind.
 """
 import math
 
@@ -36,8 +36,7 @@ class Summed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., own inputs], or [..., all inputs], of which the rank takes its own -> [..., outputs]."""
-        own = x if x.shape[-1] == self.inputs else self.ranks.part(x, -1)
-        return self.ranks.sum(self.linear(own))
+        return self.ranks.sum(self.linear(x if x.shape[-1] == self.inputs else self.ranks.part(x, -1)))
 
 
 class Gathered(nn.Module):
@@ -59,19 +58,32 @@ class Gathered(nn.Module):
 
 def divide(model: LlamaVision, found: dict[str, Stored], ranks: Ranks,
            offload: bool = False) -> dict[str, Stored | Part]:
-    """Make a model on the meta device this rank's share of it, and say what to read for it of the checkpoint.
+    """Make a model on the meta device this rank's share, and say what to read for it of the checkpoint.
     Raises ValueError where heads do not divide, or the ranks have found different checkpoints."""
     if ranks.count == 1:
         return found
     if offload:
-        raise ValueError("--offload is for a model in one process: leave it out, and start more processes if "
-                         "their share is too large")
-    text, vision = model.config.text, model.config.vision
-    most = math.gcd(text.num_key_value_heads, vision.num_attention_heads)
+        raise ValueError("--offload is for a model in one process: start more processes in its place")
+    narrow(model, ranks)
+    ranks.check_alike("checkpoints", (model.config, fingerprint(found)))
+    shares = dict(found)
+    for name, linear in shared_layers(model):
+        dim = int(name.endswith(COLUMNS))
+        if f"{name}.weight" in found:                   # a tied head is not
+            shares[f"{name}.weight"] = Part(found[f"{name}.weight"], ranks, dim)
+        if linear.bias is None:
+            shares.pop(f"{name}.bias", None)
+        elif dim == 0:
+            shares[f"{name}.bias"] = Part(found[f"{name}.bias"], ranks, 0)
+    return shares
+
+
+def narrow(model: LlamaVision, ranks: Ranks):
+    """Leave of a model on the meta device this rank's share. Raises ValueError where heads do not divide."""
+    most = math.gcd(model.config.text.num_key_value_heads, model.config.vision.num_attention_heads)
     if most % ranks.count:
         raise ValueError(f"heads of this model do not divide over {ranks.count} processes: start {most}, or "
                          "as many as divide it")
-    ranks.check_alike("checkpoints", (model.config, fingerprint(found)))
     last = model.vision_model.global_transformer.layers[-1].self_attn
     for module in model.modules():
         if isinstance(module, Projections):
@@ -79,20 +91,14 @@ def divide(model: LlamaVision, found: dict[str, Stored], ranks: Ranks,
             module.kv_heads //= ranks.count
         elif isinstance(module, VisionAttention) and module is not last:
             module.heads //= ranks.count
-    shares = dict(found)
     for name, linear in shared_layers(model):
-        dim = int(name.endswith(COLUMNS))
-        linear.weight = nn.Parameter(ranks.part(linear.weight, dim))
+        summed = name.endswith(COLUMNS)
+        linear.weight = nn.Parameter(ranks.part(linear.weight, int(summed)))
         linear.out_features, linear.in_features = linear.weight.shape
-        if f"{name}.weight" in found:                   # a tied head is not
-            shares[f"{name}.weight"] = Part(found[f"{name}.weight"], ranks, dim)
-        if linear.bias is not None and dim == 0:
+        if linear.bias is not None and not summed:
             linear.bias = nn.Parameter(ranks.part(linear.bias, 0))
-            shares[f"{name}.bias"] = Part(found[f"{name}.bias"], ranks, 0)
-        elif linear.bias is not None and ranks.rank:    # it is added once, by rank 0
+        elif ranks.rank:                                # it is added once, by rank 0
             linear.bias = None
-            del shares[f"{name}.bias"]
-    return shares
 
 
 def connect(model: LlamaVision, ranks: Ranks):
@@ -101,8 +107,7 @@ def connect(model: LlamaVision, ranks: Ranks):
         return
     for name, linear in shared_layers(model):
         if name.endswith(COLUMNS):
-            parent, _, kind = name.rpartition(".")
-            setattr(model.get_submodule(parent), kind, Summed(linear, ranks))
+            model.set_submodule(name, Summed(linear, ranks))
     model.lm_head = Gathered(model.lm_head, ranks, model.config.text.vocab_size)
     model.requires_grad_(False)
 

@@ -121,11 +121,6 @@ class Ranks:
             raise ValueError(f"the processes of this run have found different {what}: give all of them the "
                              "same files")
 
-    def leave(self):
-        """At the end of a run that went well."""
-        if self.count > 1:
-            dist.destroy_process_group()
-
 
 def join(device: str | torch.device | None = None, timeout: timedelta = TIMEOUT) -> Ranks:
     """This process among those that torchrun started, each with a GPU of its own, or on the CPU.
@@ -155,6 +150,13 @@ def open_store(is_master: bool, timeout: timedelta) -> dist.TCPStore:
     """What all processes of the run can write to and read; torchrun's, or that of rank 0."""
     return dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=is_master,
                          timeout=timeout)
+
+
+def leave():
+    """At the end of a run that went well, on every rank: its last words may be under way to another one."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 def is_first(what: str) -> bool:

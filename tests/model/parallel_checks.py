@@ -5,7 +5,7 @@ from test_golden import CASES, GOLDEN
 
 from model.llama_vision import LlamaVision
 from weights import load_model
-from weights.ranks import join
+from weights.ranks import join, leave
 
 FP32 = 1e-4
 SHARE = {2: 0.55, 4: 0.32}                  # of the model's bytes; norms and the like are on every rank
@@ -24,7 +24,7 @@ def golden(names: list[str], continued: str = ""):
         if name == continued:
             tokens, _ = greedy(model, [case.ids.tolist()], model.encode([case.tiles]), len(case.greedy))
             assert tokens == [case.greedy]
-    ranks.leave()
+    leave()
 
 
 def held(model: LlamaVision) -> int:

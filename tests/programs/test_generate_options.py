@@ -59,7 +59,7 @@ def test_an_answer_ends_before_a_stop_text(run, say, stop, answer):
     assert sys.stdout.getvalue() == f"{answer}\n" * 2
 
 
-@pytest.mark.parametrize("name", [None, "coreset", "mint", "sgl"])
+@pytest.mark.parametrize("name", [None, "mint", "sgl"])
 def test_every_sequence_ends_at_its_own_stop_text(rambling, conversations, name):
     """As the same answer that is cut afterwards, with pruners too that read prompts in another way."""
     encoded = rambling.encode_images([drawn(224, 112)], keep_states=True)
@@ -84,17 +84,17 @@ def test_every_sequence_ends_at_its_own_stop_text(rambling, conversations, name)
 SETTINGS = {"temperature": 0.8, "top_p": 0.95, "seed": 3, "top_k": 20, "repetition_penalty": 1.5}
 
 
-@pytest.mark.parametrize("name", [None, "mint", "sgl"])
-@pytest.mark.parametrize("settings", [SETTINGS, {"repetition_penalty": 2.0}])
+@pytest.mark.parametrize(("name", "settings"), [
+    (None, {"repetition_penalty": 2.0}), (None, SETTINGS), ("mint", SETTINGS), ("sgl", SETTINGS)])
 def test_a_batch_samples_what_each_prompt_gives_alone(rambling, conversations, name, settings):
     encoded = rambling.encode_images([drawn(224, 112)], keep_states=True)
     pruner = None if name is None else load(name, keep=0.5)
-    answers = rambling.answer(conversations, encoded, 16, Sampler(**settings), pruner=pruner).tokens
+    answers = rambling.answer(conversations, encoded, 10, Sampler(**settings), pruner=pruner).tokens
     for conversation, tokens in zip(conversations, answers, strict=True):
-        alone = rambling.answer([conversation], encoded, 16, Sampler(**settings), pruner=pruner)
+        alone = rambling.answer([conversation], encoded, 10, Sampler(**settings), pruner=pruner)
         assert alone.tokens == [tokens]
-        assert len(set(tokens)) > 8                                     # it hardly repeats itself
-    plain = rambling.answer(conversations, encoded, 16, pruner=pruner).tokens
+        assert len(set(tokens)) > 6                                     # it hardly repeats itself
+    plain = rambling.answer(conversations, encoded, 10, pruner=pruner).tokens
     assert plain != answers
 
 

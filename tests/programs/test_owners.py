@@ -9,7 +9,7 @@ from benchmarks.subject import SHAPES, Subject, grid_of, random_model
 from generate import generate
 from pruning import Pruner
 from weights import load_model
-from weights.memory import FORMATS, answer_bytes, card_for, main, table, weight_bytes
+from weights.memory import FORMATS, answer_bytes, card_for, main, shares, table, weight_bytes
 from weights.shapes import NINETY, OFFICIAL, without_weights
 
 ROOT = Path(__file__).parents[2]
@@ -20,6 +20,12 @@ def test_the_page_has_the_tables_that_the_code_computes():
     lines = list(table({name: OFFICIAL[name] for name in ("11b", "90b")}))
     assert "\n".join(lines) in PAGE
     assert "python -m weights.memory" in PAGE
+
+
+def test_the_page_on_processes_has_the_table_that_the_code_computes():
+    page = (ROOT / "docs" / "PROCESSES.md").read_text(encoding="utf-8")
+    assert "\n".join(shares({name: OFFICIAL[name] for name in ("11b", "90b")})) in page
+    assert "python -m weights.memory --processes" in page
 
 
 @pytest.mark.parametrize("form", FORMATS)

@@ -20,7 +20,8 @@ from program_inputs import PROGRAMS, QUESTION, ROOT
 import generate
 import program
 from answers import write_json
-from cli import Parser, chat, piped_prompt
+from chat import Lines
+from cli import Parser, piped_prompt
 
 
 @pytest.fixture
@@ -223,11 +224,10 @@ def test_text_of_another_encoding_on_stdin(monkeypatch):
 def test_a_chat_goes_on_after_odd_input(monkeypatch, capsys):
     """Bytes that are no text, a NUL, a line without an end."""
     monkeypatch.setattr(sys, "stdin", Terminal(b"One?\nTw\0o?\nThree?"))
-    asked = []
-    chat(lambda conversation: asked.append(conversation) or "Yes.", None, 0)
-    assert [turn["content"] for turn in asked[-1]] == ["One?", "Yes.", "Tw\0o?", "Yes.", "Three?"]
+    lines = Lines()
+    assert [lines.next() for _ in range(5)] == ["One?", "Tw\0o?", "Three?", "", ""]
     monkeypatch.setattr(sys, "stdin", Terminal(b"caf\xe9?\n"))
-    chat(failing(AssertionError()), None, 0)
+    assert Lines().next() == ""
     assert "error: this is not valid UTF-8 text; type it again\n" in capsys.readouterr().err
 
 

@@ -14,7 +14,7 @@ from model.llama_vision import LlamaVision
 from pruning import Pruner, load
 from pruning.over_ranks import over_ranks
 from weights import load_model
-from weights.ranks import Ranks, join
+from weights.ranks import Ranks, join, leave
 
 FP32 = 1e-4
 STEPS = 3
@@ -39,7 +39,7 @@ def every_method(folder: Path, cases: list[tuple[str, dict]], prompts: list[list
         alone = watched(models[0], load(method, **options), Ranks(), prompts, images[0], STEPS)
         shared = watched(models[1], load(method, **options), ranks, prompts, images[1], STEPS)
         compare(alone, shared, ranks, f"{method} {options}", load(method, **options).merges)
-    ranks.leave()
+    leave()
 
 
 def watched(model: LlamaVision, pruner: Pruner, ranks: Ranks, prompts: list[list[int]], image,

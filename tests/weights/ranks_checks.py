@@ -5,9 +5,10 @@ import torch
 from helpers import close, random_tiles, refused
 from torch import nn
 
+from generate import generate
 from weights import load_model, save_model
 from weights.parallel import Gathered, Summed
-from weights.ranks import Ranks, join
+from weights.ranks import Ranks, join, leave
 
 FP32 = 1e-4
 IMAGE = 640                                 # <|image|> of the bundled model
@@ -17,9 +18,9 @@ def small_things(folder: Path):
     """One start of processes for all that takes no time."""
     ranks = join("cpu")
     for check in (uneven_outputs, inputs_of_all_heads, messages_of_rank_0, checks_of_all, tensors_of_rank_0,
-                  tied_head, quantised):
+                  tied_head, one_graph, quantised):
         check(ranks, folder)
-    ranks.leave()
+    leave()
 
 
 def uneven_outputs(ranks: Ranks, folder: Path):
@@ -80,6 +81,14 @@ def tied_head(ranks: Ranks, folder: Path):
     assert not any(parameter.requires_grad for parameter in model.parameters())
     with refused("in one process to save it"):
         save_model(model, folder)
+
+
+def one_graph(ranks: Ranks, folder: Path):
+    """A decode step with its sums and gathers is one graph, which the compiler can take."""
+    model = load_model(folder, ranks=ranks)
+    decode = torch.compile(model.decode, fullgraph=True, backend="eager")
+    answers = [generate(model, [[1, 2, 3]], None, 3, (), decode=each) for each in (None, decode)]
+    assert answers[0].tokens == answers[1].tokens
 
 
 def quantised(ranks: Ranks, folder: Path):

@@ -23,7 +23,7 @@ from weights.tokenizer import ChatTokenizer
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("shard", [10 ** 9, 30_000])
 def test_the_logits_of_metas_own_code(ranks, shard, tmp_path):
-    out = from_meta(meta_folder(tmp_path, ranks), tmp_path / "out", shard)
+    out = from_meta(meta_folder(tmp_path, ranks), tmp_path / "out", shard=shard)
     assert (out / "model.safetensors").exists() == (shard == 10 ** 9)
     expected = load_file(DATA / f"logits{ranks}.safetensors")
     assert expected["logits"].std() > 0.5
@@ -50,6 +50,14 @@ def test_what_text_and_images_need(tmp_path):
     assert set(tokenizer.stop_ids) == {special[f"<|{name}|>"] for name in ("end_of_text", "eom_id", "eot_id")}
     tiles = ImageProcessor.from_folder(out, config.vision)([Image.new("RGB", (56, 28))])
     assert tiles.pixels.shape == (1, 4, 3, 28, 28) and tiles.grid.tolist() == [[1, 2]]
+
+
+def test_a_base_model_continues_texts(tmp_path):
+    main([str(meta_folder(tmp_path)), str(tmp_path / "out"), "--base"])
+    tokenizer = ChatTokenizer.from_folder(tmp_path / "out", load_model(tmp_path / "out").config)
+    special = special_tokens(256)
+    assert tokenizer.encode([{"role": "user", "content": "Hi"}]) == [special["<|begin_of_text|>"], *b"Hi"]
+    assert tokenizer.stop_ids == (special["<|end_of_text|>"],)
 
 
 def test_the_official_tokenizer():
