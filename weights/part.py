@@ -36,11 +36,15 @@ class Part:
         """Rows are a view of the mapped file; all else is a copy: columns, as their numbers do not lie
         together, and what was made in memory, or its other rows would stay there."""
         part = self.ranks.part(self.whole.read(), self.dim)
-        return part if self.maps else part.clone(memory_format=torch.contiguous_format)
+        if self.maps:
+            return part
+        copy = part.clone(memory_format=torch.contiguous_format)
+        self.whole.forget()                             # pages of the file have other ranks' columns too
+        return copy
 
     def codes(self) -> dict[str, Tensor] | None:
         """Of a weight in 8 or 4 bits: its codes, and the scales that belong to them; of others None. Raises
-        ValueError where groups of inputs do not divide."""
+        ValueError where they do not divide."""
         whole = self.whole.codes()
         if whole is None:
             return None
@@ -49,7 +53,8 @@ class Part:
         if grouped or self.dim == 0:
             scale = self.ranks.part(scale, 1 - self.dim if grouped else 0)
         codes = self.ranks.part(codes, self.dim)
-        if not self.layer.belong(list(codes.shape), list(scale.shape)):
+        fits = self.layer.fits(self.shape) and self.layer.belong(list(codes.shape), list(scale.shape))
+        if not fits:
             raise ValueError(f"{self.layer.kind} weights of this checkpoint do not divide over "
                              f"{self.ranks.count} processes: start fewer, or take the bf16 checkpoint")
         return {"weight": codes.contiguous(), "scale": scale.contiguous()}
