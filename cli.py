@@ -16,6 +16,7 @@ from PIL import Image
 from arguments import Parser
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
+from program import processes
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
 from pruning.visualize import MAP_SUFFIXES
@@ -55,7 +56,8 @@ def model_options(args: argparse.Namespace) -> dict[str, object]:
 def say_how(model: LlamaVision, args: argparse.Namespace, adapters: list[str | Path]):
     """On stderr, what a model does otherwise on this machine, and which adapters name another base than it:
     that may be a copy of this one, or not."""
-    for words in weights_words(model), wide_words(model):
+    together = f"{processes()} processes hold the model together; bytes and memory are those of the first"
+    for words in together if processes() > 1 else None, weights_words(model), wide_words(model):
         if words is not None:
             say_wrapped(words)
     for adapter, base in zip(args.adapter, said_bases(adapters), strict=True):

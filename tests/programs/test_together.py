@@ -26,10 +26,11 @@ def without_times(text: str) -> dict:
 
 
 def the_line(ended: list[Ended]) -> str:
-    """What all processes together said."""
-    line, = "".join(process.err for process in ended).splitlines()
-    assert line.startswith("error: ") and not any(process.out for process in ended), ended
-    return line
+    """The one error that all processes together said, at the end; before it the first may have spoken."""
+    lines = [process.err.splitlines() for process in ended]
+    error, = (line for said in lines for line in said if line.startswith("error: "))
+    assert all(said in ([], [error]) for said in lines[1:]) and not any(process.out for process in ended), ended
+    return error
 
 
 # ----- answers
