@@ -29,7 +29,8 @@ def the_line(ended: list[Ended]) -> str:
     """The one error that all processes together said, at the end; before it the first may have spoken."""
     lines = [process.err.splitlines() for process in ended]
     error, = (line for said in lines for line in said if line.startswith("error: "))
-    assert all(said in ([], [error]) for said in lines[1:]) and not any(process.out for process in ended), ended
+    assert all(said in ([], [error]) for said in lines[1:]), ended
+    assert not any(process.out for process in ended), ended
     return error
 
 
