@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluation.lmms.record import Key, read_record
-from weights.files import read_bytes, read_json
+from weights.files import exists, read_bytes, read_json
 from weights.messages import named
 
 RECORD = "kept.jsonl"
@@ -46,6 +46,9 @@ def read_run(path: Path) -> Run:
     """Raises ValueError with one line where a folder has no results or no record, or they are damaged."""
     if not path.is_dir():
         raise ValueError(f"{named(path)} is no folder: name one that evaluation/lmms/scripts/row.sh wrote")
+    if not exists(path / RECORD):
+        raise ValueError(f"{named(path)} has no {RECORD}: run it again with the model argument "
+                         f"record={named(path / RECORD)}")
     settings, kept = read_record(path / RECORD)
     prune = settings.get("prune")
     if not (isinstance(prune, list) and len(prune) == 3 and isinstance(prune[2], dict)):

@@ -12,9 +12,12 @@ import scenes.train_guide
 import scenes.train_quecc
 from cli import Parser, add_model_options
 from evaluation import compare
+from evaluation.lmms import compare as lmms_compare
+from evaluation.lmms import cost, loopback_judge, table
 
 ALL = {**PROGRAMS, "compare": compare, "train": scenes.train, "train_guide": scenes.train_guide,
-       "train_quecc": scenes.train_quecc, "train_attention_predictor": scenes.train_attention_predictor}
+       "train_quecc": scenes.train_quecc, "train_attention_predictor": scenes.train_attention_predictor,
+       "lmms_compare": lmms_compare, "lmms_cost": cost, "lmms_judge": loopback_judge, "lmms_table": table}
 HELP = {"--help", "--help-all"}
 every_program = pytest.mark.parametrize("name", ALL)
 
