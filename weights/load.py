@@ -106,7 +106,8 @@ def _read(found: dict[str, Stored | Part], layers: dict[str, QuantizedLinear], p
     done = 0
     state = {}
     try:
-        with progress("loading", gigabytes) as report:
+        rounding = any(name in layers and stored.layer is None for name, stored in found.items())
+        with progress("quantising" if rounding else "loading", gigabytes) as report:
             for (name, stored), size in zip(found.items(), sizes, strict=True):
                 device = placement.device_of(name)
                 if name in layers:

@@ -69,6 +69,14 @@ def test_all_work_is_reported_to_its_end_and_changes_nothing():
     assert watched.model.vision_model.track is watched.model.language_model.track is untracked
 
 
+def test_quantising_is_called_so():
+    events = Events()
+    model = Assistant("tiny", quantize="int4", progress=events).model
+    done, total = events.of("quantising")[-1]
+    assert done == total > sum(tensor.nbytes for tensor in model.state_dict().values())
+    assert not events.of("loading")
+
+
 def test_work_that_fails_is_no_longer_tracked():
     model = Assistant("tiny").model.vision_model
     with pytest.raises(RuntimeError), tracked(model, 3, Events(), "encoding"):
