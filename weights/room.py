@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from model.cache import rounded_up
+from model.decoder import Projections
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from weights.devices import Placement
@@ -81,7 +82,8 @@ def check_answer(model: LlamaVision, prompts: list[list[int]], image: ImageToken
     model.check_prompts(prompts, max_new_tokens)        # first: no memory would do for what is too long
     text = model.config.text
     batch = len(prompts)
-    each = 2 * text.num_key_value_heads * text.head_dim * model.dtype.itemsize
+    heads = min(part.kv_heads for part in model.modules() if isinstance(part, Projections))   # of this rank
+    each = 2 * heads * text.head_dim * model.dtype.itemsize
     cross = len(text.cross_attention_layers)
     tokens = rounded_up(max(map(len, prompts), default=0) + max_new_tokens)
     for_text = batch * tokens * (text.num_hidden_layers - cross) * each

@@ -1,14 +1,17 @@
 """What every rank checks for test_ranks.py."""
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from helpers import close, random_tiles, refused
 from torch import nn
 
 from generate import generate
+from model.cache import rounded_up
 from weights import load_model, save_model
 from weights.parallel import Gathered, Summed
 from weights.ranks import Ranks, join, leave
+from weights.room import check_answer
 
 FP32 = 1e-4
 IMAGE = 640                                 # <|image|> of the bundled model
@@ -18,7 +21,7 @@ def small_things(folder: Path):
     """One start of processes for all that takes no time."""
     ranks = join("cpu")
     for check in (uneven_outputs, inputs_of_all_heads, messages_of_rank_0, checks_of_all, tensors_of_rank_0,
-                  tied_head, one_graph, quantised):
+                  tied_head, one_graph, room_for_own_heads, quantised):
         check(ranks, folder)
     leave()
 
@@ -89,6 +92,16 @@ def one_graph(ranks: Ranks, folder: Path):
     decode = torch.compile(model.decode, fullgraph=True, backend="eager")
     answers = [generate(model, [[1, 2, 3]], None, 3, (), decode=each) for each in (None, decode)]
     assert answers[0].tokens == answers[1].tokens
+
+
+def room_for_own_heads(ranks: Ranks, folder: Path):
+    """A rank's caches are of its own heads, and so is the memory that they need."""
+    model = load_model("tiny", ranks=ranks)
+    whole = model.kv_bytes(rounded_up(8), [])["text"]
+    with patch("weights.room.free_memory", lambda device: 0.6 * whole):
+        check_answer(model, [[1, 2, 3]], None, 5)
+    with patch("weights.room.free_memory", lambda device: 0.4 * whole), refused("caches"):
+        check_answer(model, [[1, 2, 3]], None, 5)
 
 
 def quantised(ranks: Ranks, folder: Path):
