@@ -10,7 +10,7 @@ are compared too, with transformers' two deviations corrected for that alone. `-
 `--layers` a slice. How each part is measured: benchmarks/parts.py. The JSON has all of it; `--report` makes
 the pages from such files.
 """
-import program
+from cli import program
 
 program.begin(__name__)
 
@@ -34,7 +34,7 @@ from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.text import text
 from benchmarks.waterfall import waterfall
 from benchmarks.whole import whole
-from cli import (
+from cli.options import (
     Parser,
     add_model_options,
     check_output,
@@ -44,11 +44,11 @@ from cli import (
     whole_number,
     writing,
 )
+from cli.terminal import Progress, stdout_width
 from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
 from pruning import Pruner, load
-from terminal import Progress, stdout_width
 from weights import load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
 from weights.adapters import find_base

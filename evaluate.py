@@ -11,7 +11,7 @@ the gates of a cross-attention layer, which shows what the model loses without i
 with `--json FILE` the answers so far are in FILE.part, and the same command goes on from there. `--jobs 2`
 asks in two processes, each in one thread.
 """
-import program
+from cli import program
 
 program.begin(__name__)
 
@@ -24,8 +24,8 @@ from pathlib import Path
 
 from PIL import ImageFilter
 
-from answers import mean
-from cli import (
+from cli.answers import mean
+from cli.options import (
     Parser,
     add_model_options,
     check_output,
@@ -37,6 +37,7 @@ from cli import (
     whole_number,
     writing,
 )
+from cli.terminal import Progress, say_wrapped, stdout_width
 from evaluation.exam import Exam, is_about_the_absent, make_exam
 from evaluation.jobs import ahead
 from evaluation.layers import Observer, close_gates, gates, layer_similarity
@@ -48,7 +49,6 @@ from model.answer import Answer, EncodedImages
 from pruning import Pruner, hooks
 from scenes.draw import Scene, draw
 from scenes.questions import KINDS, Question
-from terminal import Progress, say_wrapped, stdout_width
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.adapters import find_base
 from weights.files import read_bytes

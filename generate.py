@@ -6,14 +6,12 @@
                                                                                  └──── decode ◄───┘
 
 `generate` is that loop, with the hooks at which a pruner may act; read it first. `Assistant` holds the parts
-of a checkpoint. The rest is the command line: answers on stdout, everything about them on stderr.
+of a checkpoint. The command line is in cli/ask.py: answers on stdout, everything about them on stderr.
 """
-import program
+from cli import program
 
 program.begin(__name__)
 
-import argparse
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -23,36 +21,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from answers import print_answers
-from chat import Chat
-from cli import (
-    Parser,
-    add_model_options,
-    add_sampling,
-    catalogue,
-    check_map,
-    model_options,
-    parse_pruner,
-    parse_sampler,
-    piped_prompt,
-    read_images,
-    say_how,
-    whole_number,
-    writing,
-)
-from judge import add_guard_options, parse_policy, print_verdicts
+from cli.ask import arguments, ask
 from model.answer import Answer, EncodedImages
 from model.cache import Cache
 from model.clock import Clock
 from model.image_tokens import ImageTokens, kv_bytes
 from model.llama_vision import LlamaVision
 from model.sampling import GREEDY, Sampler, Transcript
-from program import say, write
 from pruning import Pruner, check_pruner
 from pruning.on_device import on_device
 from pruning.over_ranks import over_ranks
-from pruning.recorder import Recorder
-from pruning.visualize import attention_map, kept_map
 from weights import load_model, parse_devices, parse_dtype
 from weights.adapter_file import find_adapters, text_folder
 from weights.adapters import find_base
@@ -62,9 +40,9 @@ from weights.peak import PeakMemory
 from weights.policy import Policy
 from weights.progress import Progress, silent, tracked_decoder, tracked_encoder
 from weights.quantized_layers import check_quantize
-from weights.ranks import Ranks, join
+from weights.ranks import Ranks
 from weights.room import check_answer
-from weights.stop_texts import StopTexts, check_stops
+from weights.stop_texts import StopTexts
 from weights.tokenizer import ChatTokenizer, messages
 
 WARM_UP_TOKENS = 5          # the first steps of a CUDA graph are not its fast ones
@@ -209,88 +187,8 @@ class Assistant:
         self.ms["compile"] = clock.lap()
 
 
-# ----- the command line
-
-EXAMPLES = ('python generate.py --image examples/tall.png --prompt "Where is the star?"',
-            "python generate.py --image examples/shapes.png --prune fastv --keep 0.25")
-
-
-def arguments() -> argparse.Namespace:
-    parser = Parser("python generate.py", "Ask Llama-3.2-Vision about images. Without --prompt: a chat.",
-                    "[--image PATH]... [--prompt TEXT]... [options]", EXAMPLES)
-    add, rare = parser.add_argument, parser.add_rare
-    add_model_options(parser)
-    parser.section("what is asked")
-    add("--image", action="append", default=[], metavar="PATH",
-        help="an image: path, URL or - (stdin); several go in one prompt")
-    add("--prompt", action="append", default=[], metavar="TEXT", help="a question; several make a batch")
-    add("--system", metavar="TEXT", help="a system message")
-    rare("--date", metavar="TEXT", help="today's date, for chat templates that write it")
-    parser.section("the answer")
-    add("--max-new-tokens", type=whole_number, default=256, metavar="N", help="default 256")
-    add_sampling(parser)
-    rare("--stop", action="append", default=[], metavar="TEXT",
-         help="end the answer before this text appears; several may be given")
-    add("--compile", action="store_true", help="compile decoding first: pays for long answers")
-    add("--json", action="store_true", help="one JSON object on stdout")
-    add_guard_options(parser)
-    parser.section("fewer image tokens")
-    add("--prune", metavar="P", help="drop image tokens: a method, FILE.py:CLASS, or 'list'")
-    add("--keep", metavar="R", help="of each image: a fraction (1.0: all), or so many tokens")
-    rare("--set", action="append", default=[], metavar="K=V", help="another option of the method")
-    add("--save-map", type=Path, metavar="PATH", help="draw over the image what was kept or merged")
-    rare("--map", choices=("kept", "attention"), default="kept",
-         help="what --save-map draws; attention: what the prompt looks at")
-    return parser.parse_args()
-
-
-def command(args: argparse.Namespace):
-    """Everything that can be wrong with the arguments is found before anything is printed."""
-    if args.prune == "list":
-        return write(catalogue())
-    pruner = parse_pruner(args.prune, args.keep, args.set)
-    if args.max_new_tokens < 1:
-        raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
-    parse_sampler(args)
-    check_stops(args.stop)
-    ranks = join(args.device)
-    chatting = ranks.first(lambda: not args.prompt and sys.stdin is not None and sys.stdin.isatty())
-    if chatting and (args.json or args.guard):
-        raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
-    images = ranks.first(partial(read_images, args.image))
-    about = bool(images) and not args.guard
-    prompts = args.prompt or ([] if chatting else [ranks.first(partial(piped_prompt, about))])
-    policy = parse_policy(args, len(prompts))
-    if args.save_map is not None:
-        check_map(args.save_map, args.image, len(prompts))
-        pruner = Recorder(pruner or Pruner(), attention=args.map == "attention")
-    assistant = Assistant(args.model, compile=args.compile, ranks=ranks, **model_options(args))
-    sampler = parse_sampler(args, assistant.folder)
-    say_how(assistant.model, args, assistant.adapters)
-    guard = None if policy is None else Guard(assistant.tokenizer, policy)
-    encoded = assistant.encode_images(images, pruner)
-    if args.compile:
-        assistant.warm_up(max(1, len(prompts)), encoded)
-        say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
-    ask = partial(assistant.answer, max_new_tokens=args.max_new_tokens, sampler=sampler, date=args.date,
-                  policy=policy, stop=args.stop)
-    if chatting:
-        return Chat(args, assistant.tokenizer, ask, assistant.encode_images, images, encoded, pruner,
-                    ranks).run()
-    ask = partial(ask, encoded=encoded, pruner=pruner)
-    conversations = [messages(prompt, len(images), args.system) for prompt in prompts]
-    if guard is not None:
-        print_verdicts(args, guard, ask, encoded, pruner, conversations)
-    else:
-        print_answers(args, assistant.tokenizer, ask, encoded, pruner, conversations)
-    if args.save_map is not None and ranks.rank == 0:
-        draw = attention_map if args.map == "attention" else kept_map
-        with writing("--save-map", args.save_map) as file:
-            draw(images, assistant.processor, pruner, str(pruner)).save(file)
-
-
 def main():
-    program.run(command, arguments, together=True)
+    program.run(partial(ask, Assistant), arguments, together=True)
 
 
 if __name__ == "__main__":

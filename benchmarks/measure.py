@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cli.terminal import Progress
 from model.clock import drain
-from terminal import Progress
 from weights.wide import is_slow
 
 COPY_BYTES = {"cpu": 2 ** 28, "cuda": 2 ** 31}         # of each of the two buffers: far larger than any cache

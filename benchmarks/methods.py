@@ -21,12 +21,12 @@ from torch import Tensor
 
 from benchmarks.subject import Subject, cut, random_model
 from benchmarks.timed import Timed
-from cli import labelled
+from cli.options import labelled
+from cli.terminal import Progress
 from model.config import Config
 from model.image_tokens import ImageTokens
 from pruning import Pruner
 from pruning.methods.quecc import Compressor
-from terminal import Progress
 from weights import save_model, write_tensors
 
 STRIDE = 2              # patches on the side of a region that becomes one token: about a quarter are left

@@ -21,10 +21,10 @@ from benchmarks.same import compiled_beside_plain, graphs_made
 from benchmarks.subject import Decode, Subject
 from benchmarks.timed import Timed
 from benchmarks.waterfall import warm_up_rounds
+from cli.terminal import Progress
 from model.answer import Answer
 from model.image_tokens import ImageTokens, Tiles
 from pruning import Pruner
-from terminal import Progress
 
 Key = tuple[str, str]                           # who (a method, or transformers), and how it decodes
 Samples = Mapping[Key, list[float]]             # milliseconds of each round

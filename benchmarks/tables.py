@@ -6,7 +6,7 @@ figures that belong to several of its lines. The page is made from the JSON file
 """
 from pathlib import Path
 
-from terminal import milliseconds, size
+from cli.terminal import milliseconds, size
 from weights.files import read_json, replacing
 
 HEAD = ["part", "tiles", "batch", "method", "ours", "time or size", "theirs", "how", "theirs / ours",

@@ -3,7 +3,7 @@ from itertools import groupby
 
 from benchmarks.parts import STATIC
 from benchmarks.tables import HEAD, Table, all_tables, notes
-from terminal import fits, fitted, widths_of, wrapped
+from cli.terminal import fits, fitted, widths_of, wrapped
 
 # How many of the first columns of a table tell what a line is about, by the first one's name; else one.
 KEYS = {"part": 3, "kept": 2, "tiles": 3, "attention in": 3}

@@ -25,10 +25,10 @@ from benchmarks.measure import Allocated, in_turns, timed
 from benchmarks.methods import for_random_weights, labels_of
 from benchmarks.subject import Subject, depths
 from benchmarks.timed import Timed
+from cli.terminal import Progress
 from model.image_tokens import ImageKV, ImageTokens, Queries
 from model.vision import Layout
 from pruning import Pruner
-from terminal import Progress
 
 COARSE = 6                              # numbers in a row of a smooth field
 NOISE = 0.3                             # its standard deviation; that of the field is 1

@@ -7,7 +7,7 @@ options. The interval is that of `scoring.paired_bootstrap`: both rows on the sa
 is that of all questions, which is the mean over kinds but for a few hundredths of a point: every kind is
 asked equally often. Methods count `--keep` in different ways, so the share that each kept stands beside it.
 """
-import program
+from cli import program
 
 program.begin(__name__)
 
@@ -16,13 +16,13 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cli import Parser, labelled
+from cli.options import Parser, labelled
+from cli.program import write
+from cli.terminal import stdout_width
 from evaluation.plot import blocks, in_columns, percent
 from evaluation.records import are_comparable
 from evaluation.scoring import paired_bootstrap
 from evaluation.store import MOST_BYTES
-from program import write
-from terminal import stdout_width
 from weights.files import read_json
 from weights.messages import named, quoted
 

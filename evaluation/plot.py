@@ -3,11 +3,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from cli import check_output, labelled
+from cli.options import check_output, labelled
+from cli.terminal import fitted, milliseconds, size, took, wrapped
 from evaluation.scoring import Score
 from scenes.draw import RATIOS
 from scenes.questions import KINDS
-from terminal import fitted, milliseconds, size, took, wrapped
 
 SUFFIXES = ".png", ".svg", ".pdf"
 MARKERS = "o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p"

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cli import Parser
+from cli.options import Parser
 from model.config import Config
 from model.llama_vision import LlamaVision
 from model.vision import VisionEncoder

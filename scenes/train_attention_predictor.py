@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cli import Parser
+from cli.options import Parser
 from generate import generate
 from model.image_tokens import ImageKV, ImageTokens
 from model.llama_vision import LlamaVision

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cli import Parser
+from cli.options import Parser
 from scenes.lessons import Lessons
 from scenes.tiny import config_json, train_tokenizer, write_folder
 from scenes.train import LENGTH, SAVE_EVERY, Log, Student, plan

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cli import Parser
+from cli.options import Parser
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from pruning.methods.quecc import Compressor, compress, load_compressor, pooled_grids, question_states

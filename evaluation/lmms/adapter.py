@@ -17,7 +17,7 @@ from lmms_eval.api.model import lmms
 from PIL import Image
 from tqdm import tqdm
 
-from cli import parse_pruner
+from cli.options import parse_pruner
 from evaluation.lmms.questions import Answered, Limits, Question, answer
 from evaluation.lmms.record import Record
 from generate import Assistant

@@ -11,15 +11,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from answers import mean
-from cli import Parser
+from cli.answers import mean
+from cli.options import Parser
+from cli.program import run as run_program
+from cli.program import write
+from cli.terminal import stdout_width
 from evaluation.lmms.record import shares
 from evaluation.lmms.runs import Run, read_run
 from evaluation.plot import blocks, in_columns, percent
 from evaluation.scoring import paired_bootstrap
-from program import run as run_program
-from program import write
-from terminal import stdout_width
 from weights.messages import named
 
 GROUPS = "scene", "pair_index", "question_id"       # what questions have in common that are not independent

@@ -11,12 +11,12 @@ and loading, cutting images and the judge cost nothing. Pruning is counted as sa
 import argparse
 from dataclasses import dataclass
 
-from cli import Parser, real_number
+from cli.options import Parser, real_number
+from cli.program import run, write
+from cli.terminal import stdout_width
 from evaluation.plot import blocks, in_columns
 from model.llama_vision import LlamaVision
-from program import run, write
 from pruning import METHODS
-from terminal import stdout_width
 from weights.shapes import OFFICIAL, without_weights
 
 

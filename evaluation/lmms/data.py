@@ -16,9 +16,9 @@ import datasets
 from datasets import Dataset, Features, Sequence, Value
 from PIL import Image
 
-from cli import Parser, whole_number
+from cli.options import Parser, whole_number
+from cli.program import run, say
 from evaluation.exam import Exam, make_exam
-from program import run, say
 from scenes.draw import COLOURS, RATIOS, draw, make_scene
 from scenes.questions import Question, ask
 from weights.messages import named, reason

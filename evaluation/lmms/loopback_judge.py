@@ -12,8 +12,8 @@ import re
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-from cli import Parser, whole_number
-from program import run, write
+from cli.options import Parser, whole_number
+from cli.program import run, write
 from weights.messages import reason
 
 MOST_BYTES = 1_000_000              # of a question

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from answers import mean
+from cli.answers import mean
 from weights.files import read_bytes, unreadable
 from weights.messages import named, quoted
 

@@ -10,15 +10,15 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from answers import mean
-from cli import Parser
+from cli.answers import mean
+from cli.options import Parser
+from cli.program import run as run_program
+from cli.program import write
+from cli.terminal import stdout_width
 from evaluation.lmms.published import COLUMNS, TABLE_1, TABLE_3, Cell
 from evaluation.lmms.record import shares
 from evaluation.lmms.runs import Run, read_run
 from evaluation.plot import blocks, in_columns
-from program import run as run_program
-from program import write
-from terminal import stdout_width
 
 # Of each column: the task, the metrics that are added, and what turns their sum into the paper's unit.
 SOURCES = {"SEED-img": ("seedbench_image", ("seed_image",), 100),

@@ -9,7 +9,7 @@ import torch
 from generate_helpers import STOP, TINY, command_line, drawn, refusing_checkpoint
 from tokenizers import Tokenizer
 
-from chat import HELP, completed
+from cli.chat import HELP, completed
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
 

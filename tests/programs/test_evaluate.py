@@ -141,7 +141,7 @@ def test_other_weights_are_other_settings(tmp_path):
 
 def test_another_revision_is_another_setting_and_none_is_as_it_always_was(monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluate, "find_checkpoint", lambda *given: asked.append(given[1]))
+    monkeypatch.setattr(evaluate, "find_base", lambda *given: asked.append(given[1]))
     monkeypatch.setattr(evaluate, "fingerprint", lambda folder: 1)
     settings = []
     for more in [], ["--revision", "v2"]:

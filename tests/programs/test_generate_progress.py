@@ -19,7 +19,8 @@ from weights.tokenizer import messages
 ROOT = Path(__file__).parents[2]
 SLOW = """
 import sys, time
-import generate, terminal, model.vision, model.decoder
+import generate, model.vision, model.decoder
+from cli import terminal
 terminal.PATIENCE = terminal.INTERVAL = 0.05
 for kind in model.vision.VisionLayer, model.decoder.SelfAttentionLayer:
     def slowly(self, *args, forward=kind.forward):

@@ -10,7 +10,7 @@ import scenes.train
 import scenes.train_attention_predictor
 import scenes.train_guide
 import scenes.train_quecc
-from cli import Parser, add_model_options
+from cli.options import Parser, add_model_options
 from evaluation import compare
 from evaluation.lmms import compare as lmms_compare
 from evaluation.lmms import cost, loopback_judge, table

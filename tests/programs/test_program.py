@@ -18,10 +18,10 @@ import torch
 from program_inputs import PROGRAMS, QUESTION, ROOT
 
 import generate
-import program
-from answers import write_json
-from chat import Lines
-from cli import Parser, piped_prompt
+from cli import program
+from cli.answers import write_json
+from cli.chat import Lines
+from cli.options import Parser, piped_prompt
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_nothing_meant_for_a_closed_stderr_is_on_stdout(main, monkeypatch, capsy
 
 def test_files_never_take_the_place_of_a_closed_stream():
     """As a process whose stdin and stderr are closed; what is printed to stderr goes nowhere."""
-    code = ("import os, sys, program; program.begin('__main__'); file = open('LICENSE'); "
+    code = ("import os, sys; from cli import program; program.begin('__main__'); file = open('LICENSE'); "
             "os.write(2, b'lost'); print(file.fileno() > 2, sys.stdin)")
     out = subprocess.run(["sh", "-c", f'exec "{sys.executable}" -c "{code}" <&- 2>&-'], cwd=ROOT, check=True,
                          stdout=subprocess.PIPE, text=True).stdout

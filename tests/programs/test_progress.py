@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 from program_inputs import ROOT
 
-import terminal
-from terminal import Progress, duration
+from cli import terminal
+from cli.terminal import Progress, duration
 
 
 class Screen(io.StringIO):

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 import generate
-from answers import size
 from benchmarks.tables import milliseconds
-from cli import labelled
+from cli.answers import size
+from cli.options import labelled
 from pruning import METHODS, Pruner, hooks, load
 from weights.image_file import open_image
 

@@ -8,15 +8,15 @@ from collections import Counter
 import pytest
 from program_inputs import IMAGE, PROGRAMS, QUESTION, ROOT
 
-import terminal
-from answers import speed
 from benchmarks.tables import read_files
 from benchmarks.text import text
+from cli import terminal
+from cli.answers import speed
+from cli.terminal import fitted, milliseconds, size, took
 from evaluation.compare import comparison
 from evaluation.plot import summary, table
 from evaluation.scoring import Score
 from scenes.questions import KINDS
-from terminal import fitted, milliseconds, size, took
 
 RESULTS = read_files(ROOT / "benchmarks" / "results")
 LABELS = "trimmed_llama", "attention_matching", "random"

@@ -11,7 +11,7 @@ from pruning import METHODS, Pruner
 from pruning.pruner import HOOKS
 
 ROOT = Path(__file__).parents[2]
-ROOMS = "model", "weights", "pruning", "scenes", "evaluation", "benchmarks"
+ROOMS = "model", "weights", "pruning", "cli", "scenes", "evaluation", "benchmarks"
 PROGRAMS = "generate", "evaluate", "benchmark"
 SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
@@ -19,17 +19,12 @@ every_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.rela
 
 # What each room may import; the training scripts in scenes/ are programs too.
 LIBRARY = {"model", "weights", "pruning"}
-SHARED = LIBRARY | {"program", "terminal", "arguments", "cli", "answers", "chat"}
-ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY,
-           "program": {"weights"}, "terminal": {"program"}, "arguments": {"program", "terminal"},
-           "cli": LIBRARY | {"program", "terminal", "arguments"},
-           "answers": LIBRARY | {"program", "terminal", "cli"},
-           "chat": LIBRARY | {"program", "terminal", "cli", "answers"},
-           "judge": LIBRARY | {"program", "arguments", "answers"},
+SHARED = LIBRARY | {"cli"}
+ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY, "cli": SHARED,
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
            "benchmarks": SHARED | {"scenes", "benchmarks"}}
-EVERYTHING = {*ROOMS, *SHARED, "judge", *PROGRAMS}
+EVERYTHING = {*ROOMS, *PROGRAMS}
 
 
 def room_of(path: Path) -> str:

@@ -11,7 +11,7 @@ from sweeps import MINE, ROWS, SWEEP, evaluate_command
 
 import evaluate
 import generate
-from cli import labelled
+from cli.options import labelled
 from evaluation.exam import make_exam
 from evaluation.plot import plot, table
 from evaluation.scoring import paired_bootstrap

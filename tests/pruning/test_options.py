@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from helpers import refused
 
-from cli import catalogue, parse_option
+from cli.options import catalogue, parse_option
 from pruning import METHODS, find, load, options
 from pruning.options import fits
 

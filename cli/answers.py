@@ -7,10 +7,10 @@ import json
 import sys
 from collections.abc import Callable
 
+from cli.program import write
+from cli.terminal import say_wrapped, size, took
 from model.answer import Answer, EncodedImages
-from program import write
 from pruning import Pruner
-from terminal import say_wrapped, size, took
 from weights.system_text import FOLDED, fold_system
 from weights.tokenizer import ChatTokenizer, Detokenizer
 

@@ -8,8 +8,8 @@ import shlex
 from collections.abc import Iterable, Sequence
 from typing import TextIO
 
-from program import fail, write
-from terminal import width, wrapped
+from cli.program import fail, write
+from cli.terminal import width, wrapped
 
 WIDEST_NAME = 22            # columns of an option's name; the help of a longer one begins below it
 

@@ -1,10 +1,10 @@
 """`generate.py --guard`: its options, and how verdicts are printed. What a guard is: weights/guard.py."""
 import argparse
 
-from answers import Ask, as_json, say_cost, say_model, write_json
-from arguments import Parser
+from cli.answers import Ask, as_json, say_cost, say_model, write_json
+from cli.arguments import Parser
+from cli.program import write
 from model.answer import EncodedImages
-from program import write
 from pruning import Pruner
 from weights.guard import Guard
 from weights.messages import quoted

@@ -15,12 +15,12 @@ from types import ModuleType
 
 from PIL import Image
 
-from answers import Live, say_cost, say_model
-from cli import parse_pruner, read_images
+from cli.answers import Live, say_cost, say_model
+from cli.options import parse_pruner, read_images
+from cli.program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
+from cli.terminal import say_wrapped, took
 from model.answer import Answer, EncodedImages
-from program import MOST_LETTERS, is_in_a_pruner_of_the_user, say
 from pruning import METHODS, Pruner, hooks
-from terminal import say_wrapped, took
 from weights.image_source import is_path
 from weights.messages import one_line, quoted
 from weights.ranks import Ranks

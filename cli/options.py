@@ -13,14 +13,14 @@ from pathlib import Path
 
 from PIL import Image
 
-from arguments import Parser
+from cli.arguments import Parser
+from cli.program import processes
+from cli.terminal import Progress, say_wrapped
 from model.llama_vision import LlamaVision
 from model.sampling import Sampler
-from program import processes
 from pruning import METHODS, Pruner, find, hooks, load, options
 from pruning.options import MOST as MOST_OPTION
 from pruning.visualize import MAP_SUFFIXES
-from terminal import Progress, say_wrapped
 from weights.adapter_file import said_bases
 from weights.files import replacing
 from weights.generation_config import read_sampling

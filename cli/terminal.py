@@ -8,7 +8,7 @@ from collections.abc import Callable
 from threading import Event, Lock, Thread
 from typing import TextIO
 
-from program import say
+from cli.program import say
 
 LEAST_WIDTH = 30            # a narrower terminal breaks the lines itself
 PATIENCE = 1.0              # seconds of work before its progress is shown
