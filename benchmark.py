@@ -30,6 +30,7 @@ from benchmarks.methods import methods
 from benchmarks.parts import EAGER, FULL, PEER, STATIC, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.plot import plot
+from benchmarks.quantized import quantized
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.text import text
 from benchmarks.waterfall import waterfall
@@ -53,6 +54,7 @@ from weights import load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
 from weights.adapters import find_base
 from weights.messages import quoted
+from weights.quantized_layers import check_quantize
 
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -132,9 +134,12 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
     made = {"machine": machine(subject.device), "versions": versions(peers), "command": spoken(sys.argv[1:]),
             "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": [],
-            "methods": [], "whole": [], "masks": [], "compiled": []}
+            "methods": [], "whole": [], "masks": [], "compiled": [], "quantized": []}
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
-    if args.methods is not None:
+    if args.quantize is not None:
+        made["about"] = bench.about(args.batch[0], args.tiles[0])
+        made["quantized"] = quantized(subject, args.quantize.split(","), peers.get(EAGER), args.compile, *one)
+    elif args.methods is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["methods"] = methods(subject, pruners, *one, random=args.model is None)
     elif args.whole is not None:
@@ -153,7 +158,7 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
 
 def check(args: argparse.Namespace) -> list[Pruner]:
     """The methods to measure, the unpruned model first. Raises every ValueError that needs no model."""
-    one = args.waterfall or args.methods is not None
+    one = args.waterfall or args.methods is not None or args.quantize is not None
     preset = TABLE2 if args.preset else {"batch": [1], "tiles": [1] if one else [1, 4]}
     args.batch = args.batch or preset["batch"]
     args.tiles = args.tiles or preset["tiles"]
@@ -200,10 +205,12 @@ def check_together(args: argparse.Namespace):
         raise ValueError("--model is a whole model with its own weights: leave out --shape and --layers")
     if args.model is None and args.adapter:
         raise ValueError("--adapter is merged into a model with weights: give --model")
-    if args.quantize:
-        raise ValueError("--quantize is of generate.py and evaluate.py: leave it out")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
+    if args.quantize is not None and (args.preset or args.waterfall or args.prune or args.plot
+                                      or args.methods is not None or args.whole is not None):
+        raise ValueError("--quantize is a measurement of its own, and a table, of all image tokens: leave "
+                         "out --preset, --waterfall, --prune, --plot, --methods and --whole")
     others = args.preset or args.waterfall or args.prune or args.against or args.plot
     if args.methods is not None and (others or args.whole is not None):
         raise ValueError("--methods is a measurement of its own, and a table: leave out --preset, "
@@ -216,6 +223,8 @@ def check_together(args: argparse.Namespace):
 def make_subject(args: argparse.Namespace, device: torch.device) -> tuple[Subject, Samples]:
     """The model, and how long loading took if it is a real one."""
     dtype = parse_dtype(args.dtype)
+    for way in [] if args.quantize is None else args.quantize.split(","):
+        check_quantize(way, device, dtype)
     adapters = find_adapters(args.adapter)
     folder = None if args.model is None else find_base(args.model, args.revision, adapters)
     complete = SHAPES[args.shape or "tiny"]() if folder is None else read_config(folder)

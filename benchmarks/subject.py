@@ -25,6 +25,7 @@ from model.sampling import GREEDY
 from pruning import Pruner
 from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
+from weights.quantized_linear import QuantizedLinear
 from weights.shapes import OFFICIAL
 from weights.wide import is_slow, widen
 
@@ -167,20 +168,25 @@ class Subject:
         keys_values = 2 * len(text.cross_attention_layers) * text.num_key_value_heads * text.head_dim
         return 2 * tokens * text.hidden_size * (self.config.vision.output_dim + keys_values)
 
-    def linears(self) -> list[nn.Linear]:
+    def linears(self) -> list[nn.Linear | QuantizedLinear]:
         """The linear layers that a decoded token passes through: not those that project the image."""
         decoder = self.model.language_model
-        return [module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)
-                and not re.search(r"cross_attn\.(k|v)_proj$", name)] + [self.model.lm_head]
+        linears = [module for name, module in decoder.named_modules()
+                   if isinstance(module, (nn.Linear, QuantizedLinear))
+                   and not re.search(r"cross_attn\.(k|v)_proj$", name)]
+        return [*linears, self.model.lm_head]
 
     def linears_alone(self, batch: int, times: int) -> tuple[Callable[[], None], int]:
         """A job: each of `linears` on one token of each sequence, `times` times; and their weights' bytes."""
-        work = [(module, module.weight.new_ones(batch, 1, module.in_features)) for module in self.linears()]
+        widths = {module.in_features for module in self.linears()}
+        ones = {width: torch.ones(batch, 1, width, dtype=self.dtype, device=self.device) for width in widths}
+        work = [(module, ones[module.in_features]) for module in self.linears()]
 
         def job():
             for module, x in work * times:
                 module(x)
-        return job, sum(module.weight.nbytes for module, _ in work)
+        return job, sum(tensor.nbytes for module, _ in work
+                        for tensor in (*module.parameters(), *module.buffers()))
 
     def complete_prefill(self, image_ms: float, text_ms: float, head_ms: float) -> float:
         """Milliseconds of the complete decoder's prefill, from three of a slice: prefill with the image,

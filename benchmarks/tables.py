@@ -24,7 +24,8 @@ Table = list[list[str]]
 
 
 def all_tables(made: dict) -> list[Table]:
-    tables = main_table(made), table2(made), bars(made), costs(made), complete(made), masks(made)
+    kinds = main_table, table2, bars, costs, complete, masks, quantized
+    tables = [kind(made) for kind in kinds]
     return [table for table in tables if len(table) > 1]
 
 
@@ -117,6 +118,22 @@ def masks(made: dict) -> Table:
                      f"{row['bias_ms'] / row['none_ms']:.2f}"] for row in made.get("masks", []))]
 
 
+def quantized(made: dict) -> Table:
+    """What weights in fewer bits gain, beside the same way of decoding with weights in full."""
+    head = ["weights", "decode", "prefill", "times as fast", "decode, a token", "times as fast",
+            "all weights", "read a token", "logits differ by"]
+    rows = made.get("quantized", [])            # files of before have none
+    full = {row["how"]: row for row in rows if row["weights"] == "in full"}
+    lines = []
+    for row in rows:
+        ours = full[row["how"]]
+        lines.append([row["weights"], row["how"], milliseconds(row["prefill_ms"]),
+                      f"{ours['prefill_ms'] / row['prefill_ms']:.2f}", milliseconds(row["token_ms"]),
+                      f"{ours['token_ms'] / row['token_ms']:.2f}", size(row["bytes"]),
+                      size(row["read_bytes"]), dash(row["difference"], "{:.1%}".format)])
+    return [head, *lines]
+
+
 def notes(made: dict) -> list[str]:
     """Lines of prose: ceilings, equality, and what several rows share."""
     most = made["ceilings"]
@@ -195,6 +212,8 @@ def title(made: dict) -> str:
         what = ": waterfall"
     elif made["methods"]:
         what = ": methods"
+    elif made.get("quantized"):
+        what = ": weights in fewer bits"
     elif made.get("whole"):
         what = ": the complete model, put together"
     return f"{about['shape']}, {about['layers']} decoder layers, {about['dtype']}, {about['device']}{what}"

@@ -153,7 +153,7 @@ class Parts:
     def head(self) -> Callable[[], float]:
         """A job: the logits of one token."""
         head = self.subject.model.lm_head
-        one = head.weight.new_ones(1, 1, head.in_features)
+        one = torch.ones(1, 1, head.in_features, dtype=self.subject.dtype, device=self.subject.device)
         return partial(often, partial(head, one), self.subject.device)
 
     def row(self, pruner: Pruner, clock: Peak, results: dict, number: int) -> dict:
