@@ -14,9 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from weights.wide import is_slow
+
 AT_ONCE = 2 ** 16                   # weights that a CPU rounds at a time: larger parts leave holes in memory
 GROUPS = 128, 64, 32                # inputs that share a scale of int4, as kernels know them
 WIDE = 1024                         # inputs from which on int4 has groups of 128; layers of fewer have 32
+PART = 2 ** 20                      # weights that a CPU turns into numbers at a time
 CPU_BLOCKS = 64, 32                 # rows that kernels for CPUs keep together, with AVX512 and without
 
 Tensors = dict[str, Tensor]
@@ -37,14 +40,28 @@ class QuantizedLinear(nn.Module):
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError("a quantised layer has no gradients: compute in torch.inference_mode(), or load "
                              "the model without quantize to train it")
-        y = self.product(x.reshape(-1, self.in_features).contiguous())
+        rows = x.reshape(-1, self.in_features).contiguous()
+        many = x.device.type == "cpu" and not torch.compiler.is_compiling() and len(rows) >= self.many
+        y = self.product_of_many(rows) if many else self.product(rows)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
+
+
+    def product_of_many(self, x: Tensor) -> Tensor:
+        """The product on a CPU with many positions. torch's kernels turn codes into numbers for every few of
+        them; here it happens once, a part of the weight at a time, and the product is an ordinary one."""
+        dtype = torch.float32 if is_slow(x.dtype, x.device) else x.dtype
+        x_wide = x.to(dtype)
+        rows = max(1, PART // self.in_features // CPU_BLOCKS[0]) * CPU_BLOCKS[0]
+        parts = zip(self.weight.split(rows), self.scale.split(rows, self.scale.ndim // 2), strict=True)
+        outputs = [F.linear(x_wide, self.numbers_on_cpu(*part, dtype)) for part in parts]
+        return torch.cat(outputs, dim=1).to(x.dtype)
 
 
 class Int8Linear(QuantizedLinear):
     """`weight` [N, K] int8 and `scale` [N]."""
     kind = "int8"
+    many = 32                           # positions from which on `product_of_many` is faster
 
     @staticmethod
     def fits(shape: list[int]) -> bool:
@@ -80,6 +97,11 @@ class Int8Linear(QuantizedLinear):
         self.weight = stored["weight"].to(device)
         self.scale = stored["scale"].to(device, dtype)
 
+    @staticmethod
+    def numbers_on_cpu(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, from the same rows of the buffers."""
+        return codes.to(dtype).mul_(scale[:, None])
+
     def product(self, x: Tensor) -> Tensor:
         if x.device.type == "cpu":
             return torch._weight_int8pack_mm(x, self.weight, self.scale)
@@ -89,6 +111,7 @@ class Int8Linear(QuantizedLinear):
 class Int4Linear(QuantizedLinear):
     """`weight` as the device's kernel packs it, and `scale` [G, N, 2]: scale and middle of every group."""
     kind = "int4"
+    many = 128
 
     @staticmethod
     def fits(shape: list[int]) -> bool:
@@ -137,6 +160,20 @@ class Int4Linear(QuantizedLinear):
         cuda = device.type == "cuda"
         self.weight = torch._convert_weight_to_int4pack(codes, tiles) if cuda else packed_for_cpu(codes)
         self.scale = stored["scale"].to(device, dtype)
+
+    def product_of_many(self, x: Tensor) -> Tensor:
+        block = cpu_block()
+        if block is None or self.out_features % block:      # not packed in a way that is known here
+            return self.product(x)
+        return super().product_of_many(x)
+
+    @staticmethod
+    def numbers_on_cpu(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the weight, from the same rows of the buffers."""
+        packed = codes.view(-1, 2 * codes.shape[1], cpu_block() // 2)                   # [blocks, K, block/2]
+        inputs = torch.cat((packed & 15, packed >> 4), dim=2).mT.reshape(len(codes), -1)            # [N, K]
+        step, middle = scale.transpose(0, 1).to(dtype)[:, :, None].unbind(-1)                   # [N, G, 1]
+        return inputs.to(dtype).unflatten(1, (len(scale), -1)).sub_(8).mul_(step).add_(middle).flatten(1)
 
     def product(self, x: Tensor) -> Tensor:
         group = self.in_features // len(self.scale)

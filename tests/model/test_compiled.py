@@ -20,6 +20,7 @@ from model.compiled import Compiled, WrittenOut
 from model.sampling import GREEDY
 from pruning import METHODS, Pruner, load
 from scenes.draw import draw
+from weights.quantized_linear import Int4Linear, Int8Linear
 from weights.tokenizer import messages
 
 ROOT = Path(__file__).parents[2]
@@ -145,6 +146,21 @@ def test_products_of_one_row_are_written_out(dtype):
         result, code = run_and_get_code(torch.compile(linear, options=options, dynamic=False), x)
         assert ("extern_kernels" in "".join(code).partition("def call")[2]) is called
         torch.testing.assert_close(result, linear(x))
+
+
+def test_products_with_quantised_weights_are_those_of_the_plain_path():
+    """The same kernels are called: what is written out is only what they do not do."""
+    layers = torch.nn.Sequential()
+    for kind in Int8Linear, Int4Linear:
+        layers.append(kind(torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16).requires_grad_(False)))
+        stored = kind.rounded(torch.randn(64, 64), torch.bfloat16)
+        layers[-1].fill(stored, torch.device("cpu"), torch.bfloat16)
+    options = {"post_grad_custom_post_pass": WrittenOut(), "emulate_precision_casts": True}
+    compiled = torch.compile(layers, options=options, fullgraph=True)
+    with torch.inference_mode():
+        for rows in 1, 3:
+            x = torch.randn(rows, 1, 64).bfloat16()
+            assert torch.equal(compiled(x), layers(x))
 
 
 def test_a_step_may_change_what_is_held(plain, compiled, scenes):

@@ -47,5 +47,6 @@ def test_bytes_that_a_token_reads():
     copy = quantized_copy(model, "int8")
     job, read = Subject(copy, generate, "tiny", CONFIG).linears_alone(2, 1)
     job()
-    sizes = [(each.in_features, each.out_features) for each in Subject(copy, generate, "tiny", CONFIG).linears()]
+    linears = Subject(copy, generate, "tiny", CONFIG).linears()
+    sizes = [(each.in_features, each.out_features) for each in linears]
     assert read == sum(inputs * outputs + 2 * outputs for inputs, outputs in sizes)

@@ -42,7 +42,7 @@ def test_kernels_multiply_with_what_is_stored(kind, dtype, shape):
                             for name, part in kind.rounded(weight, dtype).items()})
     assert (numbers - weight.float()).norm() <= BOUND[kind.kind] * weight.float().norm()
     layer = made(kind, weight, dtype)
-    for batch in (), (0,), (1,), (2, 3), (1, 9), (0, 4):
+    for batch in (), (0,), (1,), (2, 3), (1, 9), (0, 4), (40,), (2, 70):      # few positions, and many
         x = gaussian(*batch, shape[1], seed=1).to(dtype)
         y = layer(x)
         expected = x.double() @ numbers.double().T
@@ -65,6 +65,17 @@ def test_a_bias_is_added(kind):
     with_bias = layer(x)
     bias, layer.bias = layer.bias, None
     torch.testing.assert_close(with_bias, layer(x) + bias)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_products_of_many_positions_are_those_of_few(kind, slow, monkeypatch):
+    monkeypatch.setattr("weights.quantized_linear.is_slow", lambda dtype, device: slow)
+    monkeypatch.setattr("weights.quantized_linear.PART", 128 * 96)
+    layer = made(kind, gaussian(320, 96), torch.bfloat16)
+    x = gaussian(kind.many, 96, seed=1).bfloat16()
+    expected = layer.product(x)
+    assert (layer(x) - expected).norm() < 5e-3 * expected.norm()
 
 
 def test_int8_by_hand():
