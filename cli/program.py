@@ -78,9 +78,10 @@ def run_alone(command: Callable, arguments: Callable):
 
 
 def processes() -> int:
-    """How many of them there are; 1 without torchrun."""
+    """How many of them there are; 1 without torchrun, also where others have set some of its variables."""
+    whole = all(name in os.environ for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"))
     number = os.environ.get("WORLD_SIZE", "")
-    return int(number) if number.isdigit() and "RANK" in os.environ else 1
+    return int(number) if whole and number.isdigit() else 1
 
 
 def run_with_others(command: Callable, arguments: Callable, together: bool):

@@ -17,7 +17,8 @@ from weights.messages import quoted
 
 TIMEOUT = timedelta(minutes=30)         # for a rank that the others wait for
 NEVER = timedelta(days=365)             # a person may take long to ask
-SOON = timedelta(seconds=10)
+SOON = timedelta(seconds=10)            # for the store of the run, when a process fails
+TORCHRUN = "WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"      # what it sets for each
 
 T = TypeVar("T")
 
@@ -127,7 +128,7 @@ def join(device: str | torch.device | None = None, timeout: timedelta = TIMEOUT)
 
     Without torchrun it is alone, and its device is left open. Raises ValueError with one line.
     """
-    count = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+    count = int(os.environ["WORLD_SIZE"]) if all(name in os.environ for name in TORCHRUN) else 1
     if count == 1:
         return Ranks()
     rank, local = (int(os.environ[name]) for name in ("RANK", "LOCAL_RANK"))
