@@ -3,9 +3,9 @@
     samples of both ─ score of each question ─► scoring.paired_bootstrap ─► difference, 95 % interval
 
 Both runs must have asked the same questions, with --log_samples. Questions about one image (of MME, of the
-scenes) are resampled together; of metrics called `pair`, both questions of a pair must be right. The
-difference is of mean scores of questions, so for MME it is of right answers, not of MME's own points. Metrics
-that have no score of single questions, as CIDEr, are named and left out.
+scenes) are resampled together; of metrics called `pair`, both questions of a pair must be right. What is
+compared is a mean over questions, so a metric that is no mean of what its samples say of single questions, as
+CIDEr or F1, is named and left out. Of MME right answers are compared, of LLaVA-Bench the judge's points.
 """
 import argparse
 from collections.abc import Sequence
@@ -24,6 +24,8 @@ from weights.messages import named
 
 GROUPS = "scene", "pair_index", "question_id"       # what questions have in common that are not independent
 MARK = "*"
+# Metrics of which something else is compared than what lmms-eval prints: the mean of what its samples say.
+INSTEAD = {"mme_": "right answers", "gpt_eval_llava_": "points of 10"}
 
 
 def arguments() -> argparse.Namespace:
@@ -52,12 +54,14 @@ def comparison(first: Run, second: Run, tasks: Sequence[str], columns: int | Non
                       "", "", ""])
         for metric in (name for name in first.scores[task] if any(name in pair[0] for pair in pairs)):
             both = [grouped(samples, metric) for samples in zip(*pairs, strict=True)]
-            if None in both:
+            printed = [run.scores[task].get(metric) for run in (first, second)]
+            labels = [label_of(metric, *each) for each in zip(both, printed, strict=True)]
+            if None in labels:
                 without.append(f"{task}, {metric}")
                 continue
             difference, low, high = paired_bootstrap(*both)
-            means = [mean([score for group in groups for score in group]) for groups in both]
-            lines.append([f"{task}, {metric}", str(sum(map(len, both[0]))),
+            means = [mean_of(groups) for groups in both]
+            lines.append([f"{task}, {labels[0]}", str(sum(map(len, both[0]))),
                           *(f"{each:.3f}" for each in means),
                           f"{difference + 0:+.3f}", f"[{low + 0:+.3f}, {high + 0:+.3f}]",
                           MARK if low > 0 or high < 0 else ""])
@@ -100,6 +104,22 @@ def grouped(samples: Sequence[dict], metric: str) -> list[list[float]] | None:
     if "pair" in metric:
         return [[min(group)] for group in groups.values()] or None
     return list(groups.values()) or None
+
+
+def mean_of(groups: list[list[float]]) -> float:
+    return mean([score for group in groups for score in group])
+
+
+def label_of(metric: str, groups: list[list[float]] | None, printed: float | None) -> str | None:
+    """What to call the mean of the scores: the metric, if lmms-eval has printed the same, as a share or in per
+    cent; None where there are no scores, or they do not make up the metric."""
+    if groups is None or printed is None:
+        return None
+    for start, what in INSTEAD.items():
+        if metric.startswith(start):
+            return f"{metric}, {what}"
+    same = any(abs(factor * mean_of(groups) - printed) < 1e-3 * factor for factor in (1, 100))
+    return metric if same else None
 
 
 def score_of(value: object) -> float | None:

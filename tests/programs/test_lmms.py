@@ -187,6 +187,22 @@ def test_what_is_no_run_is_refused(folders, tmp_path):
         read_run(folders[1])
 
 
+def test_only_means_of_questions_are_compared(folders):
+    """F1 of POPE: its samples have the score of accuracy. CIDEr's have none."""
+    runs = []
+    for folder, good in zip(folders, (1.0, 0.5), strict=True):
+        scores = [{"score": float(i < 4 * good), "question_id": i} for i in range(4)]
+        samples = [{"doc_id": i, "input": "?", "target": "yes", "accuracy": score, "f1": score,
+                    "CIDEr": {"answer": ["a"], "pred": "b"}} for i, score in enumerate(scores)]
+        text = "".join(json.dumps(sample) + "\n" for sample in samples)
+        (folder / "m" / "1_samples_pope.jsonl").write_text(text)
+        runs.append(read_run(folder))
+        runs[-1].scores["pope"] = {"accuracy": good, "f1": 0.9 * good, "CIDEr": 1.0}
+    page = compare.comparison(*runs, ["pope"])
+    assert "pope, accuracy" in page and "+0.500" in page
+    assert "pope, f1; pope, CIDEr" in page.splitlines()[-1]
+
+
 @pytest.mark.parametrize(("value", "score"), [
     (1, 1.0), (0.5, 0.5), ({"score": 1.0, "category": "x"}, 1.0), ({"is_correct": False}, 0.0),
     ({"scores": [10, 7.5]}, 7.5), ({"pred": "a", "answer": "A", "question_id": 1}, 1.0),
