@@ -111,8 +111,8 @@ def mean_of(groups: list[list[float]]) -> float:
 
 
 def label_of(metric: str, groups: list[list[float]] | None, printed: float | None) -> str | None:
-    """What to call the mean of the scores: the metric, if lmms-eval has printed the same, as a share or in per
-    cent; None where there are no scores, or they do not make up the metric."""
+    """What to call the mean of the scores: the metric, if lmms-eval has printed the same, as a share or in
+    per cent; None where there are no scores, or they do not make up the metric."""
     if groups is None or printed is None:
         return None
     for start, what in INSTEAD.items():

@@ -75,6 +75,16 @@ def test_stop_texts_end_only_their_own_question(assistant, mixed):
     assert "e" in free.text and stopped.text == free.text.split("e")[0]
 
 
+def test_prompts_do_not_depend_on_the_day(assistant, mixed, monkeypatch):
+    """Chat templates write today's date, the official one beside text alone."""
+    dates = []
+    encode = assistant.tokenizer.encode
+    monkeypatch.setattr(assistant.tokenizer, "encode",
+                        lambda turns, date=None, *rest: dates.append(date) or encode(turns, date))
+    answer(assistant, mixed[:2])
+    assert {*dates} == {"26 Jul 2024"}
+
+
 def test_images_of_a_batch_without_any(assistant):
     encoded = encode_sequences(assistant, [[], []])
     assert encoded.tokens is None and encoded.real_of_each == [0, 0] and encoded.slots == 0
