@@ -75,7 +75,7 @@ def choice(name: str, shape: list[int], way: str) -> type[QuantizedLinear] | Non
     """What becomes of a linear layer of this name and shape [N, K]; None: nothing."""
     kind, _, tower = way.partition("+")
     eight = HEAD.fullmatch(name) or tower and TOWER.fullmatch(name)
-    if not eight and not PROJECTIONS.fullmatch(name):
+    if len(shape) != 2 or not eight and not PROJECTIONS.fullmatch(name):        # the tower's norms
         return None
     wanted = [Int8Linear] if eight else [KINDS[kind], Int8Linear]
     return next((layer for layer in wanted if layer.fits(shape)), None)

@@ -19,7 +19,7 @@ from model.llama_vision import LlamaVision
 from pruning import load
 from weights import config_from_dict, load_model, save_model
 from weights.names import official_name
-from weights.quantized_layers import WAYS, check_quantize
+from weights.quantized_layers import WAYS, check_quantize, choice
 from weights.quantized_linear import Int4Linear, Int8Linear, QuantizedLinear
 from weights.tokenizer import messages
 
@@ -41,6 +41,13 @@ def test_which_layers(way):
             assert found is (Int8Linear if tower else nn.Linear)
         else:
             assert found is (Int4Linear if kind == "int4" and name != "lm_head" else Int8Linear)
+
+
+def test_names_and_shapes_suffice_to_choose():
+    norm = "vision_model.transformer.layers.0.input_layernorm"
+    assert choice(norm, [1280], "int8+tower") is None
+    assert choice(norm.replace("input_layernorm", "mlp.fc1"), [5120, 1280], "int4+tower") is Int8Linear
+    assert choice("multi_modal_projector", [4096, 7680], "int4+tower") is None
 
 
 def test_what_does_not_fit_has_more_bits(tmp_path):
