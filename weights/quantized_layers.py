@@ -99,5 +99,5 @@ def fill(layer: QuantizedLinear, stored: Stored, works_on: torch.device, kept_on
         layer.fill(parts, works_on, dtype)
     else:
         layer.fill(layer.rounded(stored.read().to(works_on), dtype), works_on, dtype)
-        stored.forget()
+    stored.forget()                                     # of codes that are held as mapped, none was read yet
     layer.weight, layer.scale = layer.weight.to(kept_on), layer.scale.to(kept_on)
