@@ -6,23 +6,41 @@ from model.image_tokens import ImageTokens, Tiles
 
 @dataclass
 class EncodedImages:
-    """The encoded images that a question is about."""
-    tiles: Tiles
-    tokens: ImageTokens | None
+    """The encoded images that questions are about: the same for all of them, or those of each."""
+    tiles: Tiles                                # of all images, in order
+    tokens: ImageTokens | None                  # of 1 sequence if they are the same for all, else of B
     ms: float                                   # that encoding took
     slots: int                                  # image tokens of all tiles, used or not
     real: int                                   # image tokens of the tiles that the images fill
+    real_of_each: list[int]                     # and of those of each sequence
+    slots_of_each: list[int] = field(default_factory=list)
+    images_of_each: list[int] = field(default_factory=list)
+    shared: bool = True                         # whether there is one set of images, for any batch
 
     def expand(self, batch: int) -> ImageTokens | None:
-        """The tokens, for every sequence of a batch."""
-        return None if self.tokens is None else self.tokens.expand(batch)
+        """The tokens, for every sequence of a batch. Raises ValueError if each has its own, and there are
+        more or fewer of them."""
+        if not self.shared and len(self.real_of_each) != batch:
+            raise ValueError(f"{batch} conversations, but images for {len(self.real_of_each)}: give one list "
+                             "of images for each")
+        return self.tokens.expand(batch) if self.shared and self.tokens is not None else self.tokens
+
+    def counts(self, batch: int) -> list[int]:
+        """Real image tokens of each of so many sequences."""
+        return self.real_of_each * batch if self.shared else self.real_of_each
 
     def join(self, later: "EncodedImages") -> "EncodedImages":
-        """These images and after them the `later` ones, as if all had been encoded at once."""
+        """These images and after them the `later` ones, as if all had been encoded at once. Raises ValueError
+        if sequences have images of their own."""
+        if not (self.shared and later.shared):
+            raise ValueError("only images that are the same for all conversations can be joined")
         if self.tokens is None or later.tokens is None:
             return later if self.tokens is None else self
+        slots = self.slots + later.slots
+        real = self.real + later.real
         return EncodedImages(Tiles.cat([self.tiles, later.tiles]), self.tokens.join(later.tokens),
-                             self.ms + later.ms, self.slots + later.slots, self.real + later.real)
+                             self.ms + later.ms, slots, real, [real], [slots],
+                             [len(self.tiles) + len(later.tiles)])
 
 
 @dataclass
@@ -33,7 +51,10 @@ class Answer:
     kept: list[list[float]]                     # image tokens kept, of each, per cross-attention layer
     ms: dict[str, float] = field(default_factory=lambda: {"prefill": 0.0, "decode": 0.0})   # of each part
     decoded: int = 0                            # tokens that decoding made, stop tokens among them
-    texts: list[str] = field(default_factory=list)          # of the answers; only `Assistant` writes them
+    texts: list[str] = field(default_factory=list)          # of the answers; only `Assistant` writes these 4
+    prompt_tokens: list[int] = field(default_factory=list)  # of each, template included
+    limits: list[int] = field(default_factory=list)         # new tokens that each might have had
+    real: list[int] = field(default_factory=list)           # image tokens of the tiles that its images fill
     early: list[int] = field(default_factory=list)          # sequences that a smaller model answered
     image_kv_bytes: int = 0                     # that decoding reads
     image_kv_stored: int = 0                    # more, where a pruner chooses from all of it at every step

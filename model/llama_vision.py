@@ -6,6 +6,8 @@
 `forward` is the same network over whole sequences without a cache: for training, and for checking those two.
 Shapes: B batch, T text tokens, N image tokens, D model width, V vocabulary.
 """
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -14,6 +16,7 @@ from model.cache import Cache
 from model.config import Config
 from model.decoder import CrossAttentionLayer, Decoder, LayerHook, SelfAttentionLayer
 from model.image_tokens import EncoderStates, ImageTokens, Tiles, visible_images, visible_tokens
+from model.sampling import limits_of
 from model.vision import VisionEncoder
 
 
@@ -124,13 +127,14 @@ class LlamaVision(nn.Module):
                                  "images: give one for each")
         return visible_images(input_ids, self.config.image_token_index)
 
-    def check_prompts(self, prompts: list[list[int]], max_new_tokens: int):
-        """Raise ValueError for prompts that cannot be answered."""
+    def check_prompts(self, prompts: list[list[int]], max_new_tokens: int | Sequence[int]):
+        """Raise ValueError for prompts that cannot be answered; new tokens are as in `limits_of`."""
         if self.device.type == "meta":
             raise ValueError("the model is on the meta device, which holds no weights: load it elsewhere")
         if not prompts:
             raise ValueError("there is no prompt: give at least one")
         known = self.config.text.embedding_rows
+        limits = limits_of(max_new_tokens, len(prompts))
         for b, ids in enumerate(prompts):
             if not ids:
                 raise ValueError(f"prompt {b} is empty: give it at least one token")
@@ -138,7 +142,7 @@ class LlamaVision(nn.Module):
                 if type(token) is not int or not 0 <= token < known:
                     raise ValueError(f"prompt {b} holds something else than token ids, whole numbers "
                                      f"from 0 to {known - 1}")
-            check_length(len(ids), max_new_tokens, self.config.text.max_position_embeddings)
+            check_length(len(ids), limits[b], self.config.text.max_position_embeddings)
 
     def pad_right(self, prompts: list[list[int]]) -> tuple[Tensor, list[int]]:
         """Token ids of several lengths -> [B, T] on the model's device, and the lengths.

@@ -1,5 +1,5 @@
 """The last step of the data flow: logits become the next token, and the token comes to the host."""
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -93,9 +93,22 @@ GREEDY = Sampler()
 NOT_FINITE = -1             # stands for a token whose logits are not finite
 
 
+def limits_of(max_new_tokens: int | Sequence[int], sequences: int) -> list[int]:
+    """How many tokens each answer of a batch may have, from one number for all or one for each, [B].
+
+    Raises ValueError if there are more or fewer numbers than sequences.
+    """
+    if not isinstance(max_new_tokens, (list, tuple)):
+        return [max_new_tokens] * sequences
+    if len(max_new_tokens) != sequences:
+        raise ValueError(f"max_new_tokens has {len(max_new_tokens)} numbers for {sequences} prompts: give "
+                         "one for each, or one for all")
+    return list(max_new_tokens)
+
+
 class Transcript:
     """The answers as they grow: new tokens come to the host, are checked, recorded and handed to `emit`,
-    which ends an answer if it returns True.
+    which ends an answer if it returns True. An answer ends, too, when it has as many tokens as its limit.
 
     On a GPU the tokens of a step are read when the next step has been started, so that it never waits for
     them. `tokens` has the answers without their stop tokens; `decoded` counts the tokens that decode steps
@@ -103,10 +116,11 @@ class Transcript:
     """
 
     def __init__(self, sequences: int, stop_ids: tuple[int, ...], emit: Callable[[int, int], bool | None],
-                 device: torch.device):
+                 device: torch.device, limits: Sequence[int] | None = None):
         self.tokens: list[list[int]] = [[] for _ in range(sequences)]
         self.decoded = 0
         self.running = set(range(sequences))
+        self.limits = limits
         self.stop_ids = stop_ids
         self.emit = emit
         self._lag = 1 if device.type == "cuda" else 0
@@ -155,5 +169,6 @@ class Transcript:
                 self.running.remove(sequence)
             else:
                 self.tokens[sequence].append(token)
-                if self.emit(sequence, token) is True:
+                ends = self.emit(sequence, token) is True
+                if ends or self.limits and len(self.tokens[sequence]) >= self.limits[sequence]:
                     self.running.remove(sequence)

@@ -73,7 +73,7 @@ class Pruner(Options):
 
     def around(self, generate: Callable) -> Callable:
         """For methods that read a prompt more than once, or with a second model: a function that is called
-        like `generate.generate`, and calls it."""
+        like `generate.generate`, and calls it. `max_new_tokens` may have a number for each prompt."""
         return generate
 
     def __post_init__(self):

@@ -4,7 +4,7 @@ Otherwise the system would end this program, or another, without a word, or torc
 Weights that are mapped from their files allocate nothing, so they are not counted.
 """
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +13,7 @@ from model.cache import rounded_up
 from model.decoder import Projections
 from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
+from model.sampling import limits_of
 from weights.devices import Placement
 from weights.free import free_memory
 from weights.messages import named
@@ -76,7 +77,7 @@ def allocated(found: Mapping[str, Stored], kinds: Kinds, device: torch.device, d
 
 
 def check_answer(model: LlamaVision, prompts: list[list[int]], image: ImageTokens | None,
-                 max_new_tokens: int):
+                 max_new_tokens: int | Sequence[int]):
     """Raise ValueError with one line where prompts cannot be answered, or need caches of more memory than is
     free."""
     model.check_prompts(prompts, max_new_tokens)        # first: no memory would do for what is too long
@@ -85,7 +86,7 @@ def check_answer(model: LlamaVision, prompts: list[list[int]], image: ImageToken
     heads = min(part.kv_heads for part in model.modules() if isinstance(part, Projections))   # of this rank
     each = 2 * heads * text.head_dim * model.dtype.itemsize
     cross = len(text.cross_attention_layers)
-    tokens = rounded_up(max(map(len, prompts), default=0) + max_new_tokens)
+    tokens = rounded_up(max(map(len, prompts), default=0) + max(limits_of(max_new_tokens, batch)))
     for_text = batch * tokens * (text.num_hidden_layers - cross) * each
     for_images = 0 if image is None else batch * image.features.shape[1] * cross * each
     free = free_memory(model.device)

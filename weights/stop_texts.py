@@ -15,26 +15,26 @@ MOST_LETTERS = 1_000                # of a stop text
 
 
 class StopTexts:
-    """The answers of a batch as they grow. `push` is an `emit` for `generate`, and `texts` are the answers.
+    """The answers of a batch as they grow. `push` is an `emit` for `generate`; `stops` are texts for all
+    answers, or a list of texts for each.
 
     `emit` gets each token when it belongs to the answer for certain. The token in which an answer ends before
     a stop text that begins within the token is never emitted, because its text is too long: only `texts` has
     the end of this answer. Raises ValueError for a stop text that is none.
     """
 
-    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str], sequences: int,
-                 emit: Callable[[int, int], bool | None]):
+    def __init__(self, tokenizer: ChatTokenizer, stops: Sequence[str] | Sequence[Sequence[str]],
+                 sequences: int, emit: Callable[[int, int], bool | None]):
         self.tokenizer = tokenizer
-        self.stops = check_stops(stops)
         self.emit = emit
-        self.endings = [Ending(tokenizer, self.stops) for _ in range(sequences)]
+        self.endings = [Ending(tokenizer, own) for own in stops_of_each(stops, sequences)]
 
     def push(self, sequence: int, token: int) -> bool:
         """One more token of a sequence. True if the answer ends here: a stop text has appeared, or `emit`
         says so."""
-        if not self.stops:
-            return self.emit(sequence, token) is True
         ending = self.endings[sequence]
+        if not ending.stops:
+            return self.emit(sequence, token) is True
         for certain in ending.push(token):
             if self.emit(sequence, certain) is True:
                 ending.held.clear()
@@ -44,13 +44,14 @@ class StopTexts:
     def finish(self, tokens: list[list[int]]) -> tuple[list[list[int]], list[str]]:
         """When all have ended: the tokens of each answer, without those that only a stop text needed, and its
         text."""
-        if not self.stops:
-            return tokens, [self.tokenizer.decode(ids) for ids in tokens]
-        for sequence, ending in enumerate(self.endings):
+        cut = []
+        texts = []
+        for sequence, (ids, ending) in enumerate(zip(tokens, self.endings, strict=True)):
             for token in ending.rest():
                 self.emit(sequence, token)
-        cut = [ids[:ending.kept()] for ids, ending in zip(tokens, self.endings, strict=True)]
-        return cut, [ending.text for ending in self.endings]
+            cut.append(ids[:ending.kept()] if ending.stops else ids)
+            texts.append(ending.text if ending.stops else self.tokenizer.decode(ids))
+        return cut, texts
 
 
 @dataclass
@@ -113,6 +114,16 @@ class Ending:
         tokens = [held.token for held in self.held[:count]]
         del self.held[:count]
         return tokens
+
+
+def stops_of_each(stops: Sequence[str] | Sequence[Sequence[str]], sequences: int) -> list[tuple[str, ...]]:
+    """The stop texts of every answer. Raises ValueError if there are lists for more or fewer of them."""
+    if not isinstance(stops, (list, tuple)) or not any(isinstance(each, (list, tuple)) for each in stops):
+        return [check_stops(stops)] * sequences
+    if len(stops) != sequences:
+        raise ValueError(f"there are {len(stops)} lists of stop texts for {sequences} prompts: give one for "
+                         "each, or texts for all")
+    return [check_stops(own) for own in stops]
 
 
 def check_stops(stops: Sequence[str]) -> tuple[str, ...]:

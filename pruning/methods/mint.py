@@ -16,6 +16,7 @@ from torch import Tensor
 
 from model.image_tokens import ImageKV, ImageTokens, Queries, each_image
 from model.llama_vision import LlamaVision
+from model.sampling import limits_of
 from pruning.attention import attention_received, every_image
 from pruning.options import check_least
 from pruning.pruner import Pruner
@@ -61,7 +62,8 @@ class MINT(Pruner):
                 if b < B:
                     ended[b] = emit(b, token)
                 return ended[b % B]
-            answer = generate(model, prompts * 2, image.select([*range(B)] * 2), max_new_tokens, stop_ids,
+            limits = limits_of(max_new_tokens, B) * 2
+            answer = generate(model, prompts * 2, image.select([*range(B)] * 2), limits, stop_ids,
                               lambda logits: sample(logits[:B]).repeat(2), emit_once, pruner, decode)
             return answer.first(B)
         return both

@@ -18,7 +18,7 @@ from torch import Tensor
 from model.config import Config
 from model.image_tokens import ImageKV, ImageTokens, Queries, Tiles
 from model.llama_vision import LlamaVision
-from model.sampling import GREEDY
+from model.sampling import GREEDY, limits_of
 from pruning.attention import attention_received
 from pruning.options import check_share
 from pruning.pruner import Pruner, SelectOnce
@@ -88,7 +88,8 @@ class Cascade:
         generate = self.generate
         if image is None or pruner.keeps_all:
             return generate(model, prompts, image, max_new_tokens, stop_ids, sample, emit, pruner, decode)
-        guided = self.ask_guide(prompts, image, max_new_tokens, stop_ids)
+        limits = limits_of(max_new_tokens, len(prompts))
+        guided = self.ask_guide(prompts, image, limits, stop_ids)
         early = [b for b, sure in enumerate(sgl.confidence) if sure is not None and sure > sgl.threshold]
         for b in early:
             any(emit(b, token) is True for token in sgl.guide_answers[b])       # up to where `emit` ends it
@@ -106,26 +107,27 @@ class Cascade:
             whole[rest] = logits
             return sample(whole)[rest]
 
-        large = generate(model, [prompts[b] for b in rest], image.select(rest), max_new_tokens, stop_ids,
-                         sample_rest, lambda i, token: emit(rest[i], token), pruner, decode)
+        large = generate(model, [prompts[b] for b in rest], image.select(rest),
+                         [limits[b] for b in rest], stop_ids, sample_rest,
+                         lambda i, token: emit(rest[i], token), pruner, decode)
         for i, b in enumerate(rest):
             answer.tokens[b] = large.tokens[i]
             answer.kept[b] = large.kept[i] or answer.kept[b]        # text alone has no counts
         large.ms["prefill"] += answer.ms["prefill"]
         return replace(large, tokens=answer.tokens, seen=answer.seen, kept=answer.kept, early=early)
 
-    def ask_guide(self, prompts: list[list[int]], image: ImageTokens, max_new_tokens: int,
+    def ask_guide(self, prompts: list[list[int]], image: ImageTokens, limits: list[int],
                   stop_ids: tuple[int, ...]):
         """The small model's Answer to every prompt; leaves scores, answers and confidence in the pruner."""
         sgl = self.sgl
         tiles = image.states.tiles
         guide = load_guide(sgl.guide, image.features.device, image.features.dtype)
-        if wrong := misfit(guide.config, tiles, image, prompts, max_new_tokens):
+        if wrong := misfit(guide.config, tiles, image, prompts, limits):
             raise ValueError(f"{sgl.name}: guide {sgl.guide!r} does not fit the model: {wrong}")
         one = all(each is tiles[0] for each in tiles)           # one image, for any number of questions
         seen = guide.encode(tiles[:1]).expand(len(tiles)) if one else guide.encode(tiles)
-        watch = Watch(stop_ids, sgl.layer_weight == "gate", (image.coords[..., 0] >= 0).any(1))
-        answer = self.generate(guide, prompts, seen, max_new_tokens, stop_ids, GREEDY, silent, watch, None)
+        watch = Watch(stop_ids, limits, sgl.layer_weight == "gate", (image.coords[..., 0] >= 0).any(1))
+        answer = self.generate(guide, prompts, seen, limits, stop_ids, GREEDY, silent, watch, None)
         sgl.scores = watch.scores
         sgl.guide_answers = [[t for t in said if t not in stop_ids] for said in watch.answers]
         sgl.confidence = [None] * len(prompts)
@@ -148,11 +150,13 @@ class Watch(Pruner):
     tokens; only sequences that see an image have any."""
     keeps_all = False           # so that its hooks are called
 
-    def __init__(self, stop_ids: tuple[int, ...], gated: bool, sees_image: Tensor):
+    def __init__(self, stop_ids: tuple[int, ...], limits: list[int], gated: bool, sees_image: Tensor):
         self.stop_ids = stop_ids
+        self.limits = torch.tensor(limits, device=sees_image.device)                    # [B]
         self.gated = gated
         self.running = sees_image                                                       # [B]
         self.scores = 0
+        self.steps = 0
         self.answers = [[] for _ in sees_image]
         self.log_p = [[] for _ in sees_image]
 
@@ -174,7 +178,9 @@ class Watch(Pruner):
         for b in self.running.nonzero()[:, 0].tolist():
             self.answers[b].append(int(tokens[b]))
             self.log_p[b].append(log_p[b])
-        self.running = self.running & ~torch.isin(tokens, tokens.new_tensor(self.stop_ids))
+        self.steps += 1
+        stopped = torch.isin(tokens, tokens.new_tensor(self.stop_ids)) | (self.steps >= self.limits)
+        self.running = self.running & ~stopped
         return logits
 
     def stepped(self, step: int, queries: list[Tensor], image_kv: list[ImageKV]) -> list[ImageKV]:
@@ -212,7 +218,7 @@ def confidence(found: Tensor, again: Tensor) -> float:
 
 
 def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts: list[list[int]],
-           max_new_tokens: int) -> str:
+           limits: list[int]) -> str:
     """What a guide reads otherwise than the model whose tiles, image tokens and prompts these are, or ""."""
     given = [each for each in tiles if each is not None and len(each)]
     vision = guide.vision
@@ -235,7 +241,7 @@ def misfit(guide: Config, tiles: list[Tiles | None], image: ImageTokens, prompts
     highest = max(map(max, prompts))
     if highest >= known:
         return f"it knows {known} tokens, but token {highest} is in a prompt"
-    longest = max(map(len, prompts)) + max_new_tokens
+    longest = max(len(ids) + limit for ids, limit in zip(prompts, limits, strict=True))
     if longest > text.max_position_embeddings:
         return f"its context holds {text.max_position_embeddings} tokens, but {longest} are asked for"
     return ""

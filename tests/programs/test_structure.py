@@ -90,7 +90,7 @@ def test_no_file_is_over_300_lines_and_no_function_over_50(path):
         assert node.end_lineno - node.lineno + 1 <= 50, node.name
 
 
-LINES = {"coreset": 80, "random": 15, "mint": 87, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 180,
+LINES = {"coreset": 80, "random": 15, "mint": 89, "spatial": 20, "fastv": 32, "trimmed_llama": 40, "sgl": 185,
          "quecc": 140, "attention_predictor": 175}
 
 

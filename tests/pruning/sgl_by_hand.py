@@ -35,7 +35,7 @@ def show(network: LlamaVision, sequences: list[list[Grid]], seed: int = 0) -> Im
 def asked(pruner: SGL, image: ImageTokens, prompts: list[list[int]] = (PROMPT,), new: int = 4,
           stop: tuple[int, ...] = ()):
     """The small model alone: its scores, answers and confidence are left in the pruner."""
-    Cascade(pruner, generate).ask_guide(list(prompts), image, new, stop)
+    Cascade(pruner, generate).ask_guide(list(prompts), image, [new] * len(prompts), stop)
 
 
 def answered(pruner: SGL, network: LlamaVision, prompts: list[list[int]], image: ImageTokens,

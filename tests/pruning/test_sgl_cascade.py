@@ -144,7 +144,7 @@ def test_a_guide_that_does_not_fit(pair):
     large, guide = pair(1)
     image, prompts = show(large, [[(1, 2)], []]), [PROMPT, [1, 2]]
     vision, text = guide.config.vision, guide.config.text
-    assert misfit(guide.config, image.states.tiles, image, prompts, 4) == ""
+    assert misfit(guide.config, image.states.tiles, image, prompts, [4, 4]) == ""
     for misfits, config in (
             ("it finds 42 pixels along a tile, the model 28",
              replace(guide.config, vision=replace(vision, image_size=42))),
@@ -159,7 +159,7 @@ def test_a_guide_that_does_not_fit(pair):
              replace(guide.config, text=replace(text, vocab_size=20))),
             ("its context holds 9 tokens, but 10 are asked for",
              replace(guide.config, text=replace(text, max_position_embeddings=9)))):
-        assert misfit(config, image.states.tiles, image, prompts, 4) == misfits
+        assert misfit(config, image.states.tiles, image, prompts, [4, 4]) == misfits
         with (patch.object(guide, "config", config),
               refused(f"^sgl: guide 'other' does not fit the model: {misfits}$")):
             asked(SGL(guide="other"), image, prompts)
