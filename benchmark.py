@@ -18,12 +18,13 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from benchmarks import tables
+from benchmarks import paper, tables
 from benchmarks.masks import masks
 from benchmarks.measure import ceilings, machine, times_in_turns
 from benchmarks.methods import methods
@@ -32,6 +33,7 @@ from benchmarks.peer import Peer, import_transformers
 from benchmarks.plot import plot
 from benchmarks.quantized import quantized
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
+from benchmarks.table2 import of_complete, put_together
 from benchmarks.text import text
 from benchmarks.waterfall import waterfall
 from benchmarks.whole import whole
@@ -39,6 +41,7 @@ from cli.options import (
     Parser,
     add_model_options,
     check_output,
+    has_option,
     parse_pruner,
     parse_pruners,
     say_how,
@@ -49,7 +52,7 @@ from cli.terminal import Progress, stdout_width
 from evaluation.plot import check_plot
 from generate import generate
 from model.llama_vision import check_length
-from pruning import Pruner, load
+from pruning import Pruner
 from weights import load_model, parse_device, parse_dtype, read_config
 from weights.adapter_file import find_adapters
 from weights.adapters import find_base
@@ -59,7 +62,6 @@ from weights.quantized_layers import check_quantize
 ROOT = Path(__file__).parent
 RESULTS = ROOT / "benchmarks" / "results"
 LARGEST = 2 ** 17           # of the numbers on the command line
-TABLE2 = {"batch": [1, 4, 8, 16, 32], "tiles": [4], "keep": [0.509, 0.396]}     # of arXiv 2504.00557
 
 EXAMPLES = ("python benchmark.py --model tiny --against transformers",
             "python benchmark.py --shape 11b --layers 8 --batch 1,4 --json figures.json")
@@ -134,7 +136,8 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     settings = {name: getattr(args, name) for name in ("prompt_tokens", "new_tokens", "repeat", "preset")}
     made = {"machine": machine(subject.device), "versions": versions(peers), "command": spoken(sys.argv[1:]),
             "settings": settings, "ceilings": bench.ceilings, "equal": [], "rows": [], "waterfall": [],
-            "methods": [], "whole": [], "masks": [], "compiled": [], "quantized": []}
+            "methods": [], "whole": [], "masks": [], "compiled": [], "quantized": [], "table2": [],
+            "operations": []}
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
     if args.quantize is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
@@ -149,9 +152,15 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     elif args.waterfall:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["waterfall"] = waterfall(subject, peers.get(EAGER), pruners[-1], *one)
+    elif args.preset and subject.config != subject.complete:
+        made["about"] = bench.about(args.batch[0], args.tiles[0])
+        put_together(subject, pruners, args.batch, args.tiles[0], args.prompt_tokens, args.repeat, made,
+                     partial(save, args))
     else:
         made["rows"] = bench.rows("load", None, None, loading) if loading else []
         for tiles in args.tiles:
+            if args.preset:
+                made["operations"] += of_complete(subject, pruners, tiles, args.prompt_tokens)
             bench.run(tiles, made, partial(save, args))
     return made
 
@@ -159,12 +168,12 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
 def check(args: argparse.Namespace) -> list[Pruner]:
     """The methods to measure, the unpruned model first. Raises every ValueError that needs no model."""
     one = args.waterfall or args.methods is not None or args.quantize is not None
-    preset = TABLE2 if args.preset else {"batch": [1], "tiles": [1] if one else [1, 4]}
+    preset = paper.SETTINGS if args.preset else {"batch": [1], "tiles": [1] if one else [1, 4]}
     args.batch = args.batch or preset["batch"]
     args.tiles = args.tiles or preset["tiles"]
     check_numbers(args)
     check_together(args)
-    if args.prune is None and (args.waterfall or args.preset and args.keep is not None):
+    if args.prune is None and args.waterfall:
         args.prune = "trimmed_llama"
     if args.plot is not None:
         check_plot(args.plot)
@@ -175,8 +184,21 @@ def check(args: argparse.Namespace) -> list[Pruner]:
     if several is not None:
         keeps = "0.25" if args.keep is None else args.keep
         return [Pruner(), *parse_pruners(several, keeps.split(","), args.set)]
-    kept = [load("random", keep=keep) for keep in preset.get("keep", [])]
-    return [Pruner(), *kept, *(pruner for pruner in chosen(args) if not pruner.keeps_all)]
+    kept = of_table2(args) if args.preset else chosen(args)
+    return [Pruner(), *(pruner for pruner in kept if not pruner.keeps_all)]
+
+
+def of_table2(args: argparse.Namespace) -> list[Pruner]:
+    """The methods of the preset, the larger share first, and random at both of the paper's. A share is of the
+    image tokens that are used, as in the paper: a method that may keep more gets it as its budget too."""
+    methods = paper.METHODS if args.prune is None else args.prune
+    shares = paper.SHARES if args.keep is None else args.keep
+    pruners = [*parse_pruners("random", paper.SHARES.split(","), []),
+               *parse_pruners(methods, shares.split(","), args.set)]
+    pruners = [replace(pruner, budget=pruner.keep) if has_option(type(pruner), "budget")
+               and "budget" not in pruner.options_set() else pruner for pruner in pruners]
+    once = {str(pruner): pruner for pruner in pruners}
+    return sorted(once.values(), key=lambda pruner: -(pruner.keep or 0))
 
 
 def chosen(args: argparse.Namespace) -> list[Pruner]:
@@ -207,6 +229,9 @@ def check_together(args: argparse.Namespace):
         raise ValueError("--adapter is merged into a model with weights: give --model")
     if args.preset and args.waterfall:
         raise ValueError("--preset and --waterfall are two measurements: give one of them")
+    if args.preset and args.layers and (args.against or args.compile):
+        raise ValueError("--preset of a slice is put together from its pieces: leave out --against and "
+                         "--compile, or leave out --layers")
     if args.quantize is not None and (args.preset or args.waterfall or args.prune or args.plot
                                       or args.methods is not None or args.whole is not None):
         raise ValueError("--quantize is a measurement of its own, and a table, of all image tokens: leave "

@@ -1,7 +1,8 @@
 """Draws the figures of `benchmark.py --json`: the waterfall; or Table 2 beside the paper; or all times."""
 from pathlib import Path
 
-from benchmarks.tables import cells, table2, title
+from benchmarks.paper import table2
+from benchmarks.tables import cells, title
 
 COLOURS = "#0072b2", "#d55e00"
 NONE = float("nan")
@@ -39,7 +40,7 @@ def bars(made: dict) -> tuple[list[str], dict[str, list[float]], str]:
     kept = [line for line in table2(made)[1:] if line[0] != "all"]
     if kept:
         labels = [f"{line[0]}, batch {line[1]}" for line in kept]
-        series = {"measured": [number(line[3]) for line in kept], "paper": [number(line[4]) for line in kept]}
+        series = {"measured": [number(line[7]) for line in kept], "paper": [number(line[4]) for line in kept]}
         return labels, series, "per cent of the first token's time"
     rows = [row for row in made["rows"] if row["ours_ms"] is not None]
     labels = []

@@ -6,14 +6,12 @@ figures that belong to several of its lines. The page is made from the JSON file
 """
 from pathlib import Path
 
+from benchmarks import paper
 from cli.terminal import milliseconds, size
 from weights.files import read_json, replacing
 
 HEAD = ["part", "tiles", "batch", "method", "ours", "time or size", "theirs", "how", "theirs / ours",
         "of ceiling"]
-# How pruning changes the time of the first token, in per cent, by share and batch: Table 2 of 2504.00557.
-PAPER = {0.509: {1: -4.1, 4: -7.1, 8: -12.1, 16: -14.2, 32: -19.7},
-         0.396: {1: -4.3, 4: -11.4, 8: -14.0, 16: -18.3, 32: -26.0}}
 MARKS = "<!-- made by `python benchmark.py --report` -->", "<!-- end -->"       # around the summary
 SUMMARY = {"encode, 1 tile": ("encode", 1), "2 tiles": ("encode", 2), "4 tiles": ("encode", 4),
            "first token, 1 tile": ("first_token", 1), "decode": ("decode", 1),
@@ -24,7 +22,7 @@ Table = list[list[str]]
 
 
 def all_tables(made: dict) -> list[Table]:
-    kinds = main_table, table2, bars, costs, complete, masks, quantized
+    kinds = main_table, paper.table2, bars, costs, complete, masks, quantized
     tables = [kind(made) for kind in kinds]
     return [table for table in tables if len(table) > 1]
 
@@ -43,34 +41,6 @@ def cells(row: dict) -> list[str]:
     return [row["component"], dash(row["tiles"]), dash(row["batch"]), method,
             row["ours"], dash(mine, show), dash(other, show), peer,
             dash(row["ratio"], "{:.2f}".format), dash(row["fraction_of_ceiling"], "{:.0%}".format)]
-
-
-def table2(made: dict) -> Table:
-    """The preset: the decoder's first token at each kept share, beside the percentages of the paper."""
-    head = ["kept", "batch", "first token", "against all", "paper", "decode, a token", "tokens/s", "image KV"]
-    if made["settings"]["preset"] is None:
-        return [head]
-    rows = {(row["component"], row["pruner"], row["batch"], row["ours"], row["tiles"]): row
-            for row in made["rows"]}
-    lines = []
-    for (component, pruner, batch, how, tiles), row in rows.items():
-        if component == "prefill" and how == "eager":
-            unpruned = rows["prefill", None, batch, how, tiles]
-            decode = min((other for key, other in rows.items()
-                          if key[:3] == ("decode", pruner, batch) and key[4] == tiles),
-                         key=lambda other: other["ours_ms"])
-            stored = rows["image_kv", pruner, batch, how, tiles]
-            lines.append(table2_line(row, unpruned, decode, stored))
-    return [head, *lines]
-
-
-def table2_line(prefill: dict, unpruned: dict, decode: dict, stored: dict) -> list[str]:
-    paper = PAPER.get(prefill["keep"], {}).get(prefill["batch"]) if prefill["method"] == "random" else None
-    change = 100 * (prefill["ours_ms"] / unpruned["ours_ms"] - 1)
-    return ["all" if prefill["pruner"] is None else f"{prefill['method']} {prefill['keep']:g}",
-            str(prefill["batch"]), milliseconds(prefill["ours_ms"]), f"{change:+.1f} %",
-            dash(paper, "{:+.1f} %".format), milliseconds(decode["ours_ms"]),
-            f"{decode['tokens_per_second']:.3g}", size(stored["ours_bytes"])]
 
 
 def bars(made: dict) -> Table:
@@ -144,6 +114,7 @@ def notes(made: dict) -> list[str]:
         lines.append(f"tiles {equal['tiles']}: logits differ from transformers' by at most "
                      f"{equal['max_difference']:.1e} (their standard deviation {equal['std']:.2g}), its two "
                      "deviations corrected")
+    lines += paper.notes(made)
     lines += [compiled(each) for each in made.get("compiled", [])]
     for row in made["rows"]:
         where = f"tiles {row['tiles']}, batch {row['batch']}"
@@ -207,7 +178,7 @@ def title(made: dict) -> str:
     about = made["rows"][0] if made["rows"] else made["about"]
     what = ""
     if made["settings"]["preset"] == "table2":
-        what = ": Table 2 of the paper"
+        what = ": Table 2 of the paper" + ", put together" * bool(made.get("table2"))
     elif made["waterfall"]:
         what = ": waterfall"
     elif made["methods"]:

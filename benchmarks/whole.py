@@ -36,16 +36,20 @@ SHORT = 5                               # how often short jobs are timed in a ro
 
 
 class Watched(Timed):
-    """Also counts the image tokens that each layer makes keys and values of, and the bytes that it caches."""
+    """Also counts the image tokens that each layer makes keys and values of, those that it attends to, and
+    the bytes that it caches."""
 
     def __init__(self, inner: Pruner, device: torch.device):
         super().__init__(inner, device)
         self.projected: list[int] = []
+        self.attended: list[int] = []
         self.cached: list[int] = []
 
     def layer(self, i: int, queries: Queries, image: ImageTokens, kv: ImageKV) -> tuple[ImageTokens, ImageKV]:
         self.projected.append(kv.key.shape[2])
-        return super().layer(i, queries, image, kv)
+        image, kv = super().layer(i, queries, image, kv)
+        self.attended.append(kv.key.shape[2])
+        return image, kv
 
     def prefilled(self, image_kv: list[ImageKV]) -> list[ImageKV]:
         image_kv = super().prefilled(image_kv)

@@ -119,22 +119,21 @@ class Decoder(nn.Module):
         cache.positions += 1
         return self.norm(x)
 
-    def flops(self, tokens: int, past: int, image_tokens: int, project_image: bool) -> int:
+    def flops(self, tokens: int, past: int, attended: list[int], projected: list[int]) -> int:
         """Floating-point operations for `tokens` new tokens after `past` ones, two for a multiply-add.
 
-        All of them count as seeing the image; `project_image` adds making its keys and values (prefill).
-        Norms, activations and the output head are left out.
+        `attended` are the image tokens that each cross-attention layer attends to, and all new tokens count
+        as seeing them; `projected` those that it makes keys and values of (prefill). Without an image both
+        are empty. Norms, activations and the output head are left out.
         """
         c = self.config
-        cross = len(self.config.cross_attention_layers)
         kv_width = c.num_key_value_heads * c.head_dim
         q_o_and_mlp = tokens * (4 * c.hidden_size ** 2 + 6 * c.hidden_size * c.intermediate_size)
         pairs = tokens * past + tokens * (tokens + 1) // 2                          # causal
         text = q_o_and_mlp + tokens * 4 * c.hidden_size * kv_width + 4 * c.hidden_size * pairs
-        image = q_o_and_mlp + 4 * c.hidden_size * tokens * image_tokens
-        if project_image:
-            image += image_tokens * 4 * c.hidden_size * kv_width
-        return (c.num_hidden_layers - cross) * text + (cross * image if image_tokens else 0)
+        image = len(attended) * q_o_and_mlp + 4 * c.hidden_size * tokens * sum(attended)
+        image += sum(projected) * 4 * c.hidden_size * kv_width
+        return (c.num_hidden_layers - len(c.cross_attention_layers)) * text + image
 
 
 class SelfAttentionLayer(nn.Module):

@@ -182,13 +182,18 @@ class LlamaVision(nn.Module):
         """
         c = self.config
         N = self.image_tokens(grids)
-        decoder = self.language_model
-        head = 2 * c.text.hidden_size * c.text.vocab_size
         projector = 2 * N * c.vision.output_dim * c.text.hidden_size
+        image = [N] * len(c.text.cross_attention_layers) if N else []
         steps = range(prompt_tokens, prompt_tokens + new_tokens - 1)
         return {"encode": sum(self.vision_model.flops(grid) for grid in grids) + projector,
-                "prefill": decoder.flops(prompt_tokens, 0, N, project_image=True) + head,
-                "decode": sum(decoder.flops(1, past, N, project_image=False) + head for past in steps)}
+                "prefill": self.decoder_flops(prompt_tokens, 0, image, image),
+                "decode": sum(self.decoder_flops(1, past, image, []) for past in steps)}
+
+    def decoder_flops(self, tokens: int, past: int, attended: list[int], projected: list[int]) -> int:
+        """Operations of the decoder and the logits of one token, as `Decoder.flops` counts them: also where a
+        pruner leaves each cross-attention layer fewer image tokens. Its own work is not among them."""
+        head = 2 * self.config.text.hidden_size * self.config.text.vocab_size
+        return self.language_model.flops(tokens, past, attended, projected) + head
 
     def kv_bytes(self, tokens: int, grids: list[tuple[int, int]]) -> dict[str, int]:
         """Bytes that the caches of one sequence take: for `tokens` text tokens, and images of these grids.

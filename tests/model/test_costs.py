@@ -52,7 +52,7 @@ def test_flops_of_a_decoder_that_keeps_fewer_image_tokens(network, kept):
     cache = network.prefill(ids, [3], network.encode([random_tiles([(1, 2)], CONFIG.vision)]), 1)[1]
     columns = torch.arange(2 * TOKENS) < kept
     cache.image_kv = [kv.take(columns[None]) for kv in cache.image_kv]
-    expected = decoder.flops(1, 3, kept, project_image=False)
+    expected = decoder.flops(1, 3, [kept] * len(decoder.cross_layers), [])
     expected += SELF * 4 * CONFIG.text.hidden_size * (BUCKET - 4)                   # slots that are masked
     assert counted(lambda: decoder.step(torch.tensor([5]), cache)) == expected
 
