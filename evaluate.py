@@ -52,6 +52,7 @@ from scenes.questions import KINDS, Question
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.adapters import find_base
 from weights.files import read_bytes
+from weights.fingerprint import fingerprint
 from weights.messages import quoted
 from weights.ranks import Ranks, join
 from weights.tokenizer import messages
@@ -62,7 +63,6 @@ KEEPS = "0.5,0.25,0.1,0.05,0.02"
 MOST_QUESTIONS = 1_000_000
 MOST_BLUR = 1000            # pixels
 MOST_JOBS = 256
-SMALL = 100_000_000         # bytes of weights that are read to tell them from others
 
 
 def evaluate(assistant: Assistant, exam: Exam, pruners: Sequence[Pruner] = (Pruner(),),
@@ -231,16 +231,6 @@ def settings_of(args: argparse.Namespace, pruners: list[Pruner]) -> dict:
             "skip_layer": args.skip_layer, "device": args.device, "dtype": args.dtype,
             "files": {name: zlib.crc32(read_bytes(name)) for name in files},
             "rows": [[pruner.name, pruner.keep, pruner.options_set()] for pruner in pruners]}
-
-
-def fingerprint(folder: Path, config: str = "config.json") -> int:
-    """A number that other weights hardly share, and quickly computed: of the configuration and of the first
-    file of weights, or only of its size where it is large."""
-    value = zlib.crc32(read_bytes(folder / config))
-    for path in sorted(folder.glob("*.safetensors"))[:1]:
-        size = path.stat().st_size
-        value = zlib.crc32(read_bytes(path, SMALL) if size < SMALL else str(size).encode(), value)
-    return value
 
 
 def measure(args: argparse.Namespace, settings: dict, pruners: list[Pruner], store: Store | None,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from cli.answers import print_answers
 from cli.chat import Chat
+from cli.jsonl import add_jsonl_options, ask_file, check_jsonl
 from cli.judge import add_guard_options, parse_policy, print_verdicts
 from cli.options import (
     Parser,
@@ -55,6 +56,7 @@ def arguments() -> argparse.Namespace:
     add("--compile", action="store_true", help="compile decoding first: pays for long answers")
     add("--json", action="store_true", help="one JSON object on stdout")
     add_guard_options(parser)
+    add_jsonl_options(parser)
     parser.section("fewer image tokens")
     add("--prune", metavar="P", help="drop image tokens: a method, FILE.py:CLASS, or 'list'")
     add("--keep", metavar="R", help="of each image: a fraction (1.0: all), or so many tokens")
@@ -77,7 +79,10 @@ def ask(make: Callable, args: argparse.Namespace):
         raise ValueError(f"--max-new-tokens is {args.max_new_tokens}, but must be at least 1")
     parse_sampler(args)
     check_stops(args.stop)
+    check_jsonl(args)
     ranks = join(args.device)
+    if args.jsonl is not None:
+        return ask_file(make, args, pruner, ranks)
     chatting = ranks.first(lambda: not args.prompt and sys.stdin is not None and sys.stdin.isatty())
     if chatting and (args.json or args.guard):
         raise ValueError(f"{'--json' if args.json else '--guard'} needs a --prompt: a chat is for people")
@@ -97,7 +102,7 @@ def ask(make: Callable, args: argparse.Namespace):
         assistant.warm_up(max(1, len(prompts)), encoded)
         say(f"compiled in {assistant.ms['compile'] / 1000:.0f} s")
     answer = partial(assistant.answer, max_new_tokens=args.max_new_tokens, sampler=sampler, date=args.date,
-                  policy=policy, stop=args.stop)
+                     policy=policy, stop=args.stop, too_long=args.too_long)
     if chatting:
         return Chat(args, assistant.tokenizer, answer, assistant.encode_images, images, encoded, pruner,
                     ranks).run()

@@ -2,8 +2,8 @@
 
 A row is a name, a function that prepares the case on a `Bench` and returns the command line, and what the
 line on stderr must say. The rows of checkpoints are in `bad_checkpoints.py`, those of a guard in
-`bad_guards.py`, those of lmms-eval's runs in `bad_lmms.py`, the functions in `bad_files.py`. Some rows are
-about other programs than `generate.py`.
+`bad_guards.py`, those of a file of questions in `bad_jsonl.py`, those of lmms-eval's runs in `bad_lmms.py`,
+the functions in `bad_files.py`. Some rows are about other programs than `generate.py`.
 """
 from bad_checkpoints import CONFIGS, PLACES, TEXT_SIDE, WEIGHT_FILES
 from bad_files import (
@@ -25,6 +25,7 @@ from bad_files import (
     without_permission,
 )
 from bad_guards import GUARDS
+from bad_jsonl import JSONL
 from bad_lmms import LMMS
 
 import benchmark
@@ -273,5 +274,6 @@ NAMES = [
 
 KINDS = {"pruning": PRUNING, "image": IMAGES, "flag": FLAGS, "prompt": PROMPTS, "checkpoint": PLACES,
          "config": CONFIGS, "weights": WEIGHT_FILES, "text": TEXT_SIDE, "number": NUMBERS, "output": OUTPUTS,
-         "name": NAMES, "guard": GUARDS, "lmms-eval": LMMS}
+         "name": NAMES, "guard": GUARDS, "lmms-eval": LMMS,
+         "questions": JSONL}
 ROWS = {f"{kind}: {name}": row for kind, rows in KINDS.items() for name, *row in rows}
