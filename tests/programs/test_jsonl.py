@@ -1,6 +1,7 @@
 """`generate.py --jsonl`: answers equal single ones; stopping and going on; odd lines; what is in memory."""
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from generate_helpers import ROOT, command_line, drawn
 
 import generate
 from cli import question_file
-from cli.question_file import AnswerFile
+from cli.question_file import AnswerFile, parsed
 from generate import Assistant
 from pruning import load
 from weights.image_file import open_image
@@ -265,3 +266,20 @@ def test_only_the_images_of_a_batch_are_open_and_equal_ones_once(run, folder, mo
     (folder / "answers.jsonl").unlink()
     run(*flags(folder))
     assert opened == names[:3] and batches[0][1] == 3
+
+
+# ----- docs/BATCHES.md
+
+
+def test_the_page_says_what_is_true(monkeypatch, capsys, run, folder):
+    page = (ROOT / "docs" / "BATCHES.md").read_text(encoding="utf-8")
+    lines, = re.findall(r"```json\n(.*?)```", page, re.S)
+    assert [parsed(line.encode())["id"] for line in lines.splitlines()] == ["cat-1", 2, 3]
+    code, = re.findall(r"```python\n(.*?)```", page, re.S)
+    monkeypatch.chdir(ROOT)
+    exec(compile(code, "docs/BATCHES.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("['bottom', ")
+    run(*flags(folder))
+    names = set(read(folder / "answers.jsonl")[0]) - {"id"}
+    table = re.findall(r"^\| (`.*?) \|", page, re.M)
+    assert names == {name.strip("` ") for cell in table for name in cell.split(",")}
