@@ -15,8 +15,9 @@ from weights.images import ImageProcessor
 class Recorder(Wrapper):
     """Remembers, for sequence 0 of the batch, what the maps need; a new answer begins anew.
 
-    `tiles` are what the encoder read (None if hook 0 was not called), `image` the tokens before hook 1,
-    `image_kv` what every layer keeps after prefill; `clusters` the pruner's `owners`, those of each layer or
+    `tiles` are what the encoder read last (None if hook 0 was not called): where each conversation has images
+    of its own, record one of them. `image` has the tokens before hook 1, `image_kv` what every layer keeps
+    after prefill; `clusters` the pruner's `owners`, those of each layer or
     one for all, [K, n]: indices of tokens of `image`, without its padding. With `attention`, `received` has
     for every layer the attention that each image token receives [n] and its coords [n, 4]. Features, keys and
     values are cut to width 0, so that no memory is held which decoding has freed.

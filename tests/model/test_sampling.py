@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.sampling import Transcript
+from model.sampling import Transcript, limits_of
 
 CPU = torch.device("cpu")
 STOP = 9
@@ -31,6 +31,23 @@ def test_answers_end_at_their_stop_tokens(behind):
     assert made.ended and made.tokens == [[5], [6, 7]]
     assert emitted == [(0, 5), (1, 6), (1, 7)]
     assert made.decoded == 3            # the first tokens come from prefill; stop tokens count
+
+
+@pytest.mark.parametrize("behind", [0, 1])
+def test_answers_end_at_their_own_limits(behind):
+    made, emitted = transcript(3, behind)
+    made.limits = [1, 3, 2]
+    for tokens in (5, 5, STOP), (6, 6, 6), (7, 7, 7):
+        push(made, *tokens)
+    made.finish()
+    assert made.ended and made.tokens == [[5], [5, 6, 7], []]
+    assert emitted == [(0, 5), (1, 5), (1, 6), (1, 7)] and made.decoded == 2
+
+
+def test_limits_are_one_number_or_one_for_each():
+    assert limits_of(7, 2) == [7, 7] and limits_of((3, 4), 2) == [3, 4]
+    with pytest.raises(ValueError, match="1 numbers for 2 prompts"):
+        limits_of([3], 2)
 
 
 @pytest.mark.parametrize("behind", [0, 1])

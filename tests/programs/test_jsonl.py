@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -104,10 +105,21 @@ def test_questions_on_standard_input(run, folder, monkeypatch):
     assert len(read(folder / "answers.jsonl")) == 5
 
 
+def test_progress_counts_lines(run, folder, monkeypatch):
+    told = []
+
+    @contextmanager
+    def progress(what, *_):
+        yield lambda *numbers: told.append((what, *numbers))
+    monkeypatch.setattr("cli.jsonl.Progress", progress)
+    run(*flags(folder, "--batch", "2"))
+    assert told == [("questions", 2, 5), ("questions", 4, 5), ("questions", 5, 5)]
+
+
 # ----- stopping and going on
 
 
-def test_a_process_that_is_killed_goes_on_where_it_was(folder):
+def test_a_process_that_is_killed_goes_on_where_it_was(run, folder):
     """Every question is answered once, as by a process that was never killed."""
     lines = [{**LINES[3], "id": i, "max_new_tokens": 1 + i % 7} for i in range(60)]
     written(folder / "questions.jsonl", *lines)
@@ -124,9 +136,8 @@ def test_a_process_that_is_killed_goes_on_where_it_was(folder):
     known = before.count(b"\n")
     assert 4 <= known < 60
     answers.write_bytes(before + b'{"id": 59, "te')           # as if it had been killed while it wrote
-    again = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
-                           text=True, check=True)
-    assert f"which had {known}" in again.stderr
+    err = run(*flags(folder, "--batch", "8"))[1]
+    assert f"which had {known}" in err
     made = read(answers)
     assert answers.read_bytes().startswith(before[:before.rfind(b"\n") + 1])
     assert sorted(answer["id"] for answer in made) == list(range(60))
