@@ -19,7 +19,7 @@ from cli.terminal import Progress, say_wrapped
 from pruning import Pruner
 from weights.adapter_file import ADAPTER, NONE, find_adapters
 from weights.adapters import find_base
-from weights.files import read_bytes
+from weights.files import open_regular, read_bytes
 from weights.fingerprint import fingerprint
 from weights.messages import named, one_line
 from weights.ranks import Ranks, leave
@@ -70,7 +70,7 @@ def ask_file(make: Callable, args: argparse.Namespace, pruner: Pruner | None, ra
     answers = None
     if ranks.rank == 0:
         if args.jsonl != "-":
-            QuestionFile(args.jsonl, AnswerFile(args.out), None, None, 1)       # before a file is made
+            open_regular(Path(args.jsonl)).close()          # is it there? before a file of answers is made
         answers = AnswerFile(args.out)
     with answers or nullcontext():
         questions = None

@@ -7,12 +7,14 @@
 The key is of the question and of all settings, so that an answer is known again. Questions are read as they
 are asked, and images are in memory for one batch only: of a million questions, only ids and keys are.
 """
+import errno
 import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 from PIL import Image
@@ -26,6 +28,7 @@ try:
 except ImportError:                 # on Windows, which has no such locks
     fcntl = None
 
+NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP            # what a file system without locks answers
 MOST_LINE = 1_000_000               # bytes of a question
 BEGINNING = b'{"id": '              # of every line that is written here
 
@@ -79,7 +82,10 @@ class AnswerFile:
 
     def _close(self):
         """An empty file does not stay."""
-        if os.fstat(self.file.fileno()).st_size == 0:
+        is_empty = os.fstat(self.file.fileno()).st_size == 0
+        if fcntl is None:                           # Windows removes no open file
+            self.file.close()
+        if is_empty:
             self.path.unlink(missing_ok=True)
         self.file.close()
 
@@ -131,7 +137,7 @@ class AnswerFile:
         self.stale = False
 
 
-def open_locked(path: Path):
+def open_locked(path: Path) -> FileIO:
     """Open a file for appending, for this process alone. ValueError where another one has it."""
     file = open(path, "ab", buffering=0)            # noqa: SIM115  the caller closes it
     try:
@@ -141,8 +147,9 @@ def open_locked(path: Path):
         file.close()
         raise ValueError(f"{named(path)}: another process is writing it; wait until that has ended, or name "
                          "another file") from None
-    except OSError:                                 # a file system without locks
-        pass
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
     return file
 
 
