@@ -1,0 +1,27 @@
+"""Lines that cannot be asked: what stands there, the id that its error has, and what the error says."""
+
+ODD = [
+    (b"nonsense", None, "not readable as JSON"),
+    (b"[1, 2]", None, 'an object with an "id"'),
+    (b'{"prompt": "x"}', None, 'an object with an "id"'),
+    (b'{"id": true, "prompt": "x"}', None, 'an object with an "id"'),
+    (b"\xff\xfe{", None, "not readable as JSON"),
+    (b"[" * 100_000, None, "not readable as JSON"),
+    (b'{"id": "a' + b"a" * 1_000_000 + b'"}', None, "over 1 MB"),
+    (b'{"id": "b"}', "b", 'a "prompt"'),
+    (b'{"id": "c", "prompt": ["x"]}', "c", 'a "prompt"'),
+    (b'{"id": "d", "prompt": "  "}', "d", "prompt is empty"),
+    (b'{"id": "e", "prompt": "x", "image": 3}', "e", "a path or a list of paths"),
+    (b'{"id": "f", "prompt": "x", "images": ["a.png"]}', "f", 'write "image"'),
+    (b'{"id": "g", "prompt": "x", "image": "none.png"}', "g", "none.png: no such file"),
+    (b'{"id": "h", "prompt": "x", "image": ["shapes.png", "questions.jsonl"]}', "h", "not an image"),
+    (b'{"id": "i", "prompt": "x", "image": "-"}', "i", "give its path"),
+    (b'{"id": "j", "prompt": "x", "image": "a\\u0000b.png"}', "j", "null"),
+    (b'{"id": "k", "prompt": "x", "image": "."}', "k", "a folder"),
+    (b'{"id": "l", "prompt": "x", "system": 1}', "l", '"system" must be a text'),
+    (b'{"id": "m", "prompt": "x", "max_new_tokens": 0}', "m", "at least 1"),
+    (b'{"id": "n", "prompt": "x", "max_new_tokens": "9"}', "n", "at least 1"),
+    (b'{"id": "o", "prompt": "x", "max_new_tokens": 100000}', "o", "the context holds 2048"),
+    (b'{"id": "p", "prompt": "' + b"star " * 3000 + b'"}', "p", "the context holds 2048"),
+    (b'{"id": "q", "prompt": "\\ud800"}', "q", ""),
+    (b'{"id": 1, "prompt": "x"}', 1, "the id 1 is there twice")]
