@@ -1,8 +1,9 @@
 """Table 2 of arXiv 2504.00557 for people: how pruning changes the time of the first token, in per cent.
 
-Four changes stand beside each other, all against the unpruned decoder: the paper's measurement, its formula
-of operations (Appendix A.3), this model's operations (`LlamaVision.decoder_flops`), and the measurement here.
-The paper measured its own method; other methods at the same share stand beside those figures too.
+Changes against the unpruned decoder stand beside each other: the paper's measurement, its formula of
+operations (Appendix A.3), this model's operations (`LlamaVision.decoder_flops`), what was measured here, and
+in a slice the processor's time, of all threads together. The paper measured its own method; others at the
+same share stand beside those figures too.
 """
 from cli.terminal import milliseconds
 
@@ -12,7 +13,7 @@ METHODS, SHARES = "trimmed_llama,coreset", "0.509,0.396"          # beside rando
 MEASURED = {0.509: {1: -4.1, 4: -7.1, 8: -12.1, 16: -14.2, 32: -19.7},
             0.396: {1: -4.3, 4: -11.4, 8: -14.0, 16: -18.3, 32: -26.0}}
 HEAD = ["kept", "batch", "first token", "own work", "paper", "paper's formula", "operations", "measured",
-        "rounds"]
+        "processor", "rounds"]
 
 
 def table2(made: dict) -> list[list[str]]:
@@ -46,7 +47,9 @@ def cells(line: dict, full: dict) -> list[str]:
             milliseconds(line["ms"]), milliseconds(line["own_ms"]) if pruned else "-", change(paper),
             change(-100 * line["formula_saves"] if pruned else None),
             change(100 * (line["operations"] / full["operations"] - 1) if pruned else None),
-            change(100 * (line["ms"] / full["ms"] - 1) if pruned else None), str(line["rounds"])]
+            change(100 * (line["ms"] / full["ms"] - 1) if pruned else None),
+            change(100 * (line["cpu_ms"] / full["cpu_ms"] - 1) if pruned and "cpu_ms" in line else None),
+            str(line["rounds"])]
 
 
 def change(percent: float | None) -> str:
@@ -57,13 +60,13 @@ def notes(made: dict) -> list[str]:
     """What a line of the table does not say."""
     lines = []
     if made.get("seconds"):
-        load = "" if made["load"] is None else f"; the machine's load when they began was {made['load']:.1f}"
+        before, after = made["load"]
+        load = "" if before is None else f"; the machine's load was {before:.1f} before and {after:.1f} after"
         lines.append("put together from the pieces of a slice (how: `benchmarks/table2.py`), all measured in "
                      f"{made['seconds'] / 60:.1f} minutes{load}")
     for line in made.get("table2", []):
-        if line["through_ms"] is not None:
-            name = cells(line, line)[0]
-            lines.append(f"batch {line['batch']}, {name}: put together {milliseconds(line['ms'])}; run "
+        if "through_ms" in line:
+            lines.append(f"batch {line['batch']}, all: put together {milliseconds(line['ms'])}; run once "
                          "through a decoder of full depth, made of the slice's layers again and again, "
                          f"{milliseconds(line['through_ms'])}")
     return lines

@@ -16,10 +16,11 @@ The hooks decide which n a layer has: after `random` and `trimmed_llama` the fir
 of all tokens and attends to all, the other seven to those kept; `coreset` makes them of all tokens in the
 first layer and attends to merged ones everywhere. Pieces of the same size are timed once a round, for all
 methods; attention with a mask or a bias is another piece than without. A figure is made of the medians of its
-pieces. Rounds end when SECONDS are over: the first one warms up, and counts only if there is no other.
+pieces. Rounds end when SECONDS are over: the first one warms up, and counts only if there is no other. Beside
+the time that passes stands that of the processor, which other programs on the machine hardly change.
 
-At the smallest batch the sum is checked in the same rounds: the unpruned prefill and that of the last method
-also run through a decoder of full depth, made of the slice's layers again and again.
+At the smallest batch the sum is checked: the unpruned prefill also runs through a decoder of full depth, made
+of the slice's layers again and again.
 B batch, T text tokens, N image tokens, D model width.
 """
 import os
@@ -48,6 +49,25 @@ from pruning.methods.trimmed_llama import flops_reduction
 SECONDS = 45                            # for the rounds of one batch
 
 Piece = tuple[str | int | bool, ...]
+Times = tuple[float, float]             # milliseconds that pass, and those of the processor
+
+
+def both_times(job: Callable, device: torch.device):
+    """The times of a job, and what it returns."""
+    began = time.process_time()
+    ms, result = with_time(job, device)
+    return (ms, (time.process_time() - began) * 1000), result
+
+
+class OwnWork(Watched):
+    """Also counts the milliseconds of the processor in all hooks."""
+    cpu_ms = 0.0
+
+    def _time(self, part: str, hook: Callable):
+        (ms, cpu_ms), result = both_times(hook, self.device)
+        self.ms[part] += ms
+        self.cpu_ms += cpu_ms
+        return result
 
 
 class Prefill:
@@ -74,9 +94,9 @@ class Prefill:
         _, text_q, text_k, _ = self.own(self.x, self.angles)
         q = self.cross.queries(self.x)                                                  # [B, H, T, d]
         self.queries = Queries(q, self.seen, self.x, text_q, text_k)
-        self.samples: dict[Piece, list[float]] = defaultdict(list)
+        self.samples: dict[Piece, list[Times]] = defaultdict(list)
         self.pieces: dict[str, Counter[Piece]] = {}     # of each method: how often it has each piece
-        self.watched: dict[str, Watched] = {}
+        self.counted: dict[str, dict] = {}              # of each method: see `operations`
         self.keys: dict[int, ImageKV] = {}              # of so many image tokens, in this round
 
     def round(self, pruners: list[Pruner]):
@@ -92,7 +112,7 @@ class Prefill:
     def walk(self, pruner: Pruner, done: set[Piece]):
         """Go through the complete decoder's cross-attention layers, and time what has not been `done`."""
         name = str(pruner)
-        clock = Watched(replace(pruner), self.subject.device)
+        clock = OwnWork(replace(pruner), self.subject.device)
         clock.begin(self.subject.model)
         image = clock.encoded(self.image, self.prompts)
         cross, own = depths(self.subject.complete)
@@ -110,12 +130,13 @@ class Prefill:
                 done.add(piece)
             image_kv.append(kv)
         clock.prefilled(image_kv)
-        self.samples["own work", name].append(clock.ms["prefill"])
-        self.pieces[name], self.watched[name] = pieces, clock
+        self.samples["own work", name].append((clock.ms["prefill"], clock.cpu_ms))
+        self.pieces[name] = pieces
+        self.counted[name] = operations(self.deep, self.ids.shape[1], clock, self.image.features.shape[1])
 
     def time(self, piece: Piece, job: Callable):
-        ms, result = with_time(job, self.subject.device)
-        self.samples[piece].append(ms)
+        times, result = both_times(job, self.subject.device)
+        self.samples[piece].append(times)
         return result
 
     def text_cache(self):
@@ -148,24 +169,23 @@ class Prefill:
         sees_image = self.seen[..., :1] < self.seen[..., 1:]                            # [B, T, 1]
         return self.cross(self.x, self.cross.queries(self.x), kv, sees_image, attention_mask(self.seen, kv))
 
-    def through(self, pruner: Pruner):
-        """Prefill through all layers of a decoder of full depth, timed as a piece of its own."""
-        subject = replace(self.subject, model=self.deep)
-        answer = subject.answer(self.ids, self.one, 0, replace(pruner))
-        self.samples["through all layers", str(pruner)].append(answer.ms["prefill"])
+    def through(self) -> float:
+        """Milliseconds of the unpruned prefill through a decoder of full depth."""
+        return replace(self.subject, model=self.deep).answer(self.ids, self.one, 0).ms["prefill"]
 
     def row(self, pruner: Pruner) -> dict:
         """What a line of the table is made of."""
         name = str(pruner)
-        ms = {piece: statistics.median(self.samples[piece]) for piece in self.pieces[name]}
-        through = self.samples.get(("through all layers", name))
+        ms, cpu_ms = ({piece: statistics.median(times[which] for times in self.samples[piece])
+                       for piece in self.pieces[name]} for which in (0, 1))
         return {"batch": len(self.lengths), "method": pruner.name, "keep": pruner.keep,
                 "ms": sum(ms[piece] * times for piece, times in self.pieces[name].items()),
+                "cpu_ms": sum(cpu_ms[piece] * times for piece, times in self.pieces[name].items()),
                 "own_ms": ms["own work", name], "rounds": len(self.samples["own work", name]),
-                "through_ms": None if through is None else statistics.median(through),
-                "pieces": [{"piece": " ".join(map(str, piece)), "times": times, "ms": ms[piece]}
+                "pieces": [{"piece": " ".join(map(str, piece)), "times": times, "ms": ms[piece],
+                            "cpu_ms": cpu_ms[piece]}
                            for piece, times in self.pieces[name].items()],
-                **operations(self.deep, self.ids.shape[1], self.watched[name], self.image.features.shape[1])}
+                **self.counted[name]}
 
 
 def of_depth(model: LlamaVision, text: TextConfig) -> LlamaVision:
@@ -204,7 +224,7 @@ def put_together(subject: Subject, pruners: list[Pruner], batches: list[int], ti
             raise ValueError(f"--preset table2 of a slice: {pruner.name} does more than hooks in prefill; "
                              "leave it out, or leave out --layers")
     began = time.perf_counter()
-    made["load"] = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    before = load()
     image = subject.model.encode([subject.tiles(tiles, Pruner())])
     for batch in batches:
         prefill = Prefill(subject, image, batch, prompt_tokens)
@@ -213,15 +233,28 @@ def put_together(subject: Subject, pruners: list[Pruner], batches: list[int], ti
             for turn in range(repeat + 1):
                 report(turn, repeat + 1)
                 prefill.round(pruners)
-                for pruner in (pruners[0], pruners[-1]) if batch == min(batches) else ():
-                    prefill.through(pruner)
                 if time.perf_counter() - started > SECONDS:
                     break
                 if turn == 0:
                     prefill.samples.clear()
         made["table2"] += [prefill.row(pruner) for pruner in pruners]
-        made["seconds"] = time.perf_counter() - began
+        made["seconds"], made["load"] = time.perf_counter() - began, [before, load()]
         save(made)
+    check(subject, image, min(batches), prompt_tokens, made)
+    made["seconds"], made["load"] = time.perf_counter() - began, [before, load()]
+
+
+def check(subject: Subject, image: ImageTokens, batch: int, prompt_tokens: int, made: dict):
+    """Add the time of the unpruned prefill through a decoder of full depth to its row."""
+    with Progress(f"batch {batch}: full depth", in_file=True):
+        through_ms = Prefill(subject, image, batch, prompt_tokens).through()
+    row = next(row for row in made["table2"] if row["batch"] == batch)
+    made["table2"][made["table2"].index(row)] = {**row, "through_ms": through_ms}
+
+
+def load() -> float | None:
+    """How many threads have run or waited for a processor in the last minute, if the system tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def of_complete(subject: Subject, pruners: list[Pruner], tiles: int, prompt_tokens: int) -> list[dict]:
