@@ -148,7 +148,8 @@ def test_rounds_end_when_the_time_is_over(run_benchmark, monkeypatch):
 
 
 def test_a_complete_model_has_the_same_table(run_benchmark):
-    out, made = run_benchmark("--preset", "table2", "--batch", "1", "--keep", "0.2")
+    out, made = run_benchmark("--preset", "table2", "--batch", "1", "--prune", "trimmed_llama",
+                              "--keep", "0.2")
     counted = of_complete(Subject(random_model(CONFIG, CPU, torch.float32), generate, "tiny", CONFIG),
                           [Pruner(), load("trimmed_llama", keep=0.2, budget=0.2)], 4, T)
     assert made["operations"][0] == counted[0] and made["operations"][3] == counted[1]
