@@ -31,7 +31,7 @@ from benchmarks.methods import methods
 from benchmarks.parts import EAGER, FULL, PEER, STATIC, Bench, Samples
 from benchmarks.peer import Peer, import_transformers
 from benchmarks.plot import plot
-from benchmarks.quantized import quantized
+from benchmarks.quantized import Quantized
 from benchmarks.subject import SHAPES, Subject, cut, grid_of, random_model
 from benchmarks.table2 import of_complete, put_together
 from benchmarks.text import text
@@ -141,7 +141,12 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     one = args.batch[0], args.tiles[0], args.prompt_tokens, args.new_tokens, args.repeat
     if args.quantize is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
-        made["quantized"] = quantized(subject, args.quantize.split(","), peers.get(EAGER), args.compile, *one)
+        measured = Quantized(subject, args.quantize.split(","), pruners, peers.get(EAGER), args.compile,
+                             bench.ceilings["copy_bytes_per_s"])
+        for batch in args.batch:
+            made["quantized"] += measured.measure(batch, *one[1:])
+            made["compiled"] += measured.compare(batch, *one[1:4])
+            save(args, made)
     elif args.methods is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         made["methods"] = methods(subject, pruners, *one, random=args.model is None)
@@ -232,10 +237,10 @@ def check_together(args: argparse.Namespace):
     if args.preset and args.layers and (args.against or args.compile):
         raise ValueError("--preset of a slice is put together from its pieces: leave out --against and "
                          "--compile, or leave out --layers")
-    if args.quantize is not None and (args.preset or args.waterfall or args.prune or args.plot
+    if args.quantize is not None and (args.preset or args.waterfall or args.plot
                                       or args.methods is not None or args.whole is not None):
-        raise ValueError("--quantize is a measurement of its own, and a table, of all image tokens: leave "
-                         "out --preset, --waterfall, --prune, --plot, --methods and --whole")
+        raise ValueError("--quantize is a measurement of its own, and a table: leave out --preset, "
+                         "--waterfall, --plot, --methods and --whole")
     others = args.preset or args.waterfall or args.prune or args.against or args.plot
     if args.methods is not None and (others or args.whole is not None):
         raise ValueError("--methods is a measurement of its own, and a table: leave out --preset, "

@@ -39,11 +39,11 @@ measure() {     # seconds, file, options of benchmark.py
     }
 }
 
-# Decoding against the memory ceiling: plain and compiled, whole and pruned.
-measure 300 gpu-11b-decode.json --tiles 4 --batch $batches --compile \
+# Decoding against the memory ceiling: bf16, int8 and int4, plain and compiled, whole and pruned.
+measure 380 gpu-11b-decode.json --tiles 4 --batch $batches --compile --quantize int8,int4 \
     --prune trimmed_llama,coreset --keep 0.1
 # Encoding and the first token, beside transformers.
-measure 130 gpu-11b-transformers.json --tiles 1,4 --against transformers
+measure 90 gpu-11b-transformers.json --tiles 1,4 --against transformers
 # Table 2 of arXiv 2504.00557.
-measure 100 gpu-11b-table2.json --preset table2 --batch $table2 --prune trimmed_llama,coreset --keep 0.396
+measure 60 gpu-11b-table2.json --preset table2 --batch $table2 --prune trimmed_llama,coreset --keep 0.396
 exit $failed

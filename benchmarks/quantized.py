@@ -14,14 +14,20 @@ from torch import Tensor
 
 from benchmarks.measure import in_turns
 from benchmarks.peer import Peer
+from benchmarks.same import compiled_beside_plain, graphs_made
 from benchmarks.subject import Subject
 from benchmarks.waterfall import warm_up_rounds
 from model.answer import Answer
+from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from pruning import Pruner
 from weights.quantized_layers import fill, quantized_layers
 
 FULL = "in full"
+PEER, EAGER, COMPILED = "transformers", "eager", "compiled"
+WHOLE = str(Pruner())
+
+Key = tuple[str, str, str]                      # whose weights, how it decodes, which method
 
 
 @dataclass
@@ -54,38 +60,71 @@ def quantized_copy(model: LlamaVision, way: str) -> LlamaVision:
     return copy.eval().requires_grad_(False)
 
 
-def quantized(subject: Subject, ways: Sequence[str], peer: Peer | None, compiled: bool, batch: int,
-              tiles: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[dict]:
-    """A row for the weights in full, for each way, and for transformers in full."""
-    model = subject.model
-    subjects = {FULL: subject}
-    for way in ways:
-        subjects[way] = Subject(quantized_copy(model, way), subject.generate, subject.shape, subject.complete)
-    ids = subject.prompt(batch, prompt_tokens)
-    view = subject.tiles(tiles, Pruner())
-    image = model.encode([view])                        # by the tower in full
-    jobs: dict[tuple[str, str], Callable[[], Answer]] = {}
-    for way, each in subjects.items():
-        ask = partial(each.answer, ids, image, new_tokens)
-        jobs[way, "eager"] = ask
-        if compiled:
-            jobs[way, "compiled"] = partial(ask, decode=each.compiled())
-    if peer is not None:
-        jobs["transformers", "eager"] = partial(subject.peer_answer, peer, ids, peer.encode(view), new_tokens)
-    rounds = in_turns(jobs, repeat, warm_up_rounds(new_tokens), "answers in turns")
-    times = {job: {part: statistics.median(answer.ms[part] for answer in answers)
-                   for part in ("prefill", "decode")} for job, answers in rounds.items()}
-    logits = {way: each.model.prefill(ids, [prompt_tokens] * batch, image.expand(batch), 1)[0]
-              for way, each in subjects.items()}
-    rows = []
-    for way, how in jobs:
-        held = subjects.get(way, subject)
-        rows.append({
-            "weights": way, "how": how, "bytes": bytes_of(held.model),
-            "read_bytes": held.linears_alone(batch, 1)[1],
-            "prefill_ms": times[way, how]["prefill"], "token_ms": times[way, how]["decode"] / new_tokens,
-            "difference": relative(logits[way], logits[FULL]) if way in logits else None})
-    return rows
+class Quantized:
+    """The same model in full and in each way, and transformers in full, to be measured in turns. The first of
+    the `pruners` keeps everything."""
+
+    def __init__(self, subject: Subject, ways: Sequence[str], pruners: Sequence[Pruner], peer: Peer | None,
+                 compiled: bool, copy_bytes_per_s: float):
+        self.subject = subject
+        self.subjects = {FULL: subject}
+        for way in ways:
+            model = quantized_copy(subject.model, way)
+            self.subjects[way] = Subject(model, subject.generate, subject.shape, subject.complete)
+        self.pruners = {str(pruner): pruner for pruner in pruners}
+        self.peer = peer
+        self.decoders = {(way, name): each.compiled() for way, each in self.subjects.items()
+                         for name in self.pruners if compiled}
+        self.copy_bytes_per_s = copy_bytes_per_s
+
+    def encode(self, tiles: int) -> dict[str, ImageTokens]:
+        """The image by the tower in full, for each method."""
+        return {name: self.subject.model.encode([self.subject.tiles(tiles, pruner)], pruner.keep_states)
+                for name, pruner in self.pruners.items()}
+
+    def measure(self, batch: int, tiles: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[dict]:
+        """A row for the weights in full and in each way, with each method, and for transformers."""
+        ids = self.subject.prompt(batch, prompt_tokens)
+        images = self.encode(tiles)
+        jobs: dict[Key, Callable[[], Answer]] = {}
+        for way, each in self.subjects.items():
+            for name, pruner in self.pruners.items():
+                ask = partial(each.answer, ids, images[name], new_tokens, pruner)
+                jobs[way, EAGER, name] = ask
+                if self.decoders:
+                    jobs[way, COMPILED, name] = partial(ask, decode=self.decoders[way, name])
+        if self.peer is not None:
+            image = self.peer.encode(self.subject.tiles(tiles, Pruner()))
+            jobs[PEER, EAGER, WHOLE] = partial(self.subject.peer_answer, self.peer, ids, image, new_tokens)
+        rounds = in_turns(jobs, repeat, warm_up_rounds(new_tokens), f"batch {batch}: answers in turns")
+        logits = {way: each.model.prefill(ids, [prompt_tokens] * batch, images[WHOLE].expand(batch), 1)[0]
+                  for way, each in self.subjects.items()}
+        return [{"batch": batch, "tiles": tiles, **self.row(job, new_tokens, answers, logits)}
+                for job, answers in rounds.items()]
+
+    def row(self, job: Key, new_tokens: int, answers: list[Answer], logits: dict[str, Tensor]) -> dict:
+        way, how, name = job
+        batch = len(answers[0].tokens)
+        held = self.subjects.get(way, self.subject)
+        token = statistics.median(answer.ms["decode"] for answer in answers) / new_tokens
+        weights = held.linears_alone(batch, 1)[1]
+        read = weights + answers[-1].image_kv_bytes + answers[-1].text_kv_bytes
+        return {"weights": way, "how": how, "pruner": None if name == WHOLE else name,
+                "bytes": bytes_of(held.model), "read_bytes": weights,
+                "prefill_ms": statistics.median(answer.ms["prefill"] for answer in answers),
+                "token_ms": token, "tokens_per_second": batch / token * 1000,
+                "fraction_of_ceiling": read / token * 1000 / self.copy_bytes_per_s,
+                "difference": relative(logits[way], logits[FULL]) if way in logits else None}
+
+    def compare(self, batch: int, tiles: int, prompt_tokens: int, new_tokens: int) -> list[dict]:
+        """Whether compiled decoding gives what plain decoding gives, and how many graphs there are by now."""
+        ids = self.subject.prompt(batch, prompt_tokens)
+        images = self.encode(tiles)
+        graphs = graphs_made()
+        return [{"batch": batch, "tiles": tiles, "weights": way, "pruner": None if name == WHOLE else name,
+                 "graphs": graphs, **compiled_beside_plain(self.subjects[way], ids, images[name], new_tokens,
+                                                           self.pruners[name], decode)}
+                for (way, name), decode in self.decoders.items()]
 
 
 def bytes_of(model: LlamaVision) -> int:

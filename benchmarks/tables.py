@@ -90,17 +90,18 @@ def masks(made: dict) -> Table:
 
 def quantized(made: dict) -> Table:
     """What weights in fewer bits gain, beside the same way of decoding with weights in full."""
-    head = ["weights", "decode", "prefill", "times as fast", "decode, a token", "times as fast",
-            "all weights", "read a token", "logits differ by"]
+    head = ["weights", "batch", "method", "decode", "prefill", "times as fast", "decode, a token",
+            "times as fast", "tokens/s", "of ceiling", "all weights", "read a token", "logits differ by"]
     rows = made.get("quantized", [])            # files of before have none
-    full = {row["how"]: row for row in rows if row["weights"] == "in full"}
+    full = {(row["how"], row["batch"], row["pruner"]): row for row in rows if row["weights"] == "in full"}
     lines = []
     for row in rows:
-        ours = full[row["how"]]
-        lines.append([row["weights"], row["how"], milliseconds(row["prefill_ms"]),
-                      f"{ours['prefill_ms'] / row['prefill_ms']:.2f}", milliseconds(row["token_ms"]),
-                      f"{ours['token_ms'] / row['token_ms']:.2f}", size(row["bytes"]),
-                      size(row["read_bytes"]), dash(row["difference"], "{:.1%}".format)])
+        ours = full[row["how"], row["batch"], row["pruner"]]
+        lines.append([row["weights"], str(row["batch"]), row["pruner"] or "none", row["how"],
+                      milliseconds(row["prefill_ms"]), f"{ours['prefill_ms'] / row['prefill_ms']:.2f}",
+                      milliseconds(row["token_ms"]), f"{ours['token_ms'] / row['token_ms']:.2f}",
+                      f"{row['tokens_per_second']:.3g}", f"{row['fraction_of_ceiling']:.0%}",
+                      size(row["bytes"]), size(row["read_bytes"]), dash(row["difference"], "{:.1%}".format)])
     return [head, *lines]
 
 
@@ -132,7 +133,9 @@ def notes(made: dict) -> list[str]:
 
 def compiled(each: dict) -> str:
     """How compiled decoding compares with plain decoding, in one line."""
-    return (f"tiles {each['tiles']}, batch {each['batch']}, {each['pruner'] or 'the whole image'}: compiled "
+    of = f"{each['weights']}, " if "weights" in each else ""
+    of += each["pruner"] or "the whole image"
+    return (f"tiles {each['tiles']}, batch {each['batch']}, {of}: compiled "
             f"logits differ from the plain ones by at most {each['max_difference']:.1e} (their standard "
             f"deviation {each['std']:.2g}), {each['equal_tokens']} of {each['tokens']} tokens are the same, "
             f"{each['graphs']} graphs were made")

@@ -28,13 +28,13 @@ def rehearsed(tmp_path_factory) -> dict[str, dict]:
 def test_it_measures_all_that_is_asked(rehearsed):
     assert rehearsed.keys() == {"gpu-11b-decode.json", "gpu-11b-transformers.json", "gpu-11b-table2.json"}
     decode = rehearsed["gpu-11b-decode.json"]
-    measured = {(row["method"], row["batch"], row["ours"]) for row in decode["rows"]
-                if row["component"] == "decode"}
-    assert measured == {(method, batch, how) for method in ("none", "trimmed_llama", "coreset")
+    measured = {((row["pruner"] or "none").partition(",")[0], row["weights"], row["batch"], row["how"])
+                for row in decode["quantized"]}
+    assert measured == {(method, weights, batch, how) for method in ("none", "trimmed_llama", "coreset")
+                        for weights in ("in full", "int8", "int4")
                         for batch in (1, 2) for how in ("eager", "compiled")}
-    assert all(row["fraction_of_ceiling"] > 0 and row["tokens_per_second"] > 0 for row in decode["rows"]
-               if row["component"] == "decode")
-    assert sum(each["graphs"] for each in decode["compiled"] if each["pruner"] is None) == 2
+    assert all(row["fraction_of_ceiling"] > 0 and row["tokens_per_second"] > 0 for row in decode["quantized"])
+    assert len(decode["compiled"]) == 18 and max(each["graphs"] for each in decode["compiled"]) == 6
     assert all(each["tokens"] == 3 * each["batch"] for each in decode["compiled"])
     beside = {row["component"] for row in rehearsed["gpu-11b-transformers.json"]["rows"] if row["ratio"]}
     assert beside >= {"encode", "first_token"}

@@ -22,7 +22,9 @@ def test_the_rows(run_benchmark):
     assert full["bytes"] > eight["bytes"] > four["bytes"] and full["read_bytes"] > eight["read_bytes"]
     assert full["difference"] == 0 < eight["difference"] < four["difference"] < 1
     assert rows[-1]["difference"] is None
-    assert all(min(row["prefill_ms"], row["token_ms"]) > 0 for row in rows)
+    assert all(min(row["prefill_ms"], row["token_ms"], row["fraction_of_ceiling"]) > 0 for row in rows)
+    assert [(each["weights"], each["max_difference"]) for each in made["compiled"]] == [
+        ("in full", 0), ("int8", 0), ("int4", 0)]
     assert "logits differ by" in out and made["rows"] == []
 
 
@@ -50,3 +52,13 @@ def test_bytes_that_a_token_reads():
     linears = Subject(copy, generate, "tiny", CONFIG).linears()
     sizes = [(each.in_features, each.out_features) for each in linears]
     assert read == sum(inputs * outputs + 2 * outputs for inputs, outputs in sizes)
+
+
+def test_several_batches_and_methods(run_benchmark):
+    _, made = run_benchmark("--quantize", "int8", "--tiles", "2", "--batch", "1,2", "--keep", "0.3",
+                            "--prune", "random,coreset")
+    assert [(row["batch"], row["weights"], (row["pruner"] or "none")[:6]) for row in made["quantized"]] == [
+        (batch, way, method) for batch in (1, 2) for way in ("in full", "int8")
+        for method in ("none", "random", "corese")]
+    assert all(row["tokens_per_second"] == pytest.approx(row["batch"] / row["token_ms"] * 1000)
+               for row in made["quantized"])

@@ -202,7 +202,8 @@ def test_durations():
 
 
 CODE = """
-import sys, time, terminal
+import sys, time
+from cli import terminal
 terminal.PATIENCE, terminal.INTERVAL = 0.05, 0.01
 with terminal.Progress("working") as report:
     report(1, 3)
