@@ -164,3 +164,11 @@ def new_folder(path: str | Path) -> Iterator[Path]:
         os.rename(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_room(folder: Path, needed: int):
+    """Raise ValueError where a disk has too little room for so many bytes."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(f"{named(folder.parent)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
+                         "free on this disk; name a folder on a larger one")

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from model.llama_vision import LlamaVision
 from weights.config_file import config_from_dict
-from weights.files import exists
+from weights.files import check_room, exists
 from weights.messages import named, one_line, quoted, reason
 from weights.meta_files import PARAMS, open_ranks, read_params
 from weights.meta_layout import Converted, config, convert
@@ -92,10 +92,8 @@ def _checked(folder: Path, converted: dict[str, Converted], params: dict) -> tup
 
 def _write(folder: Path, converted: dict[str, Converted], like: dict[str, Tensor], most: int):
     """The weights, in files of about `most` bytes, with an index where there are several."""
-    needed, free = sum(tensor.nbytes for tensor in like.values()), shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{named(folder.parent)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                         "free on this disk; name a folder on a larger one")
+    needed = sum(tensor.nbytes for tensor in like.values())
+    check_room(folder, needed)
     shards = list(_shards(like, most))
     files = [SINGLE] if len(shards) == 1 else [
         f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]

@@ -2,9 +2,8 @@
 
     python -m weights.quantize MODEL OUT --int4             OUT is then a --model like any other
 
-MODEL is what --model takes. OUT holds the rounded weights, the same for every device, and MODEL's small
-files; `quantization_config` in its config.json says what it is. It is written whole or not at all. One tensor
-is read, rounded and written at a time.
+MODEL is what --model takes. OUT, written whole or not at all, holds the rounded weights, the same for every
+device, and MODEL's small files. One tensor is read, rounded and written at a time.
 """
 import argparse
 import json
@@ -18,7 +17,7 @@ from torch import Tensor
 from weights.adapter_file import find_adapters, text_folder
 from weights.adapters import FirstRows, find_base
 from weights.device import parse_dtype
-from weights.files import MOST_BYTES, exists, new_folder, read_json
+from weights.files import MOST_BYTES, check_room, exists, new_folder, read_json
 from weights.load import without_weights
 from weights.messages import named, reason
 from weights.names import EMBEDDING, HEAD, official_name
@@ -37,8 +36,7 @@ def write_quantized(source: str | Path, out: str | Path, way: str, dtype: str | 
                     revision: str | None = None, adapters: Sequence[str | Path] = ()) -> Path:
     """Write OUT from a checkpoint, quantised in one of `quantized_layers.WAYS`; scales and what stays in full
     have the `dtype`, None for the checkpoint's own. Raises ValueError with one line where that cannot be."""
-    out = Path(out)
-    dtype = parse_dtype(dtype)
+    out, dtype = Path(out), parse_dtype(dtype)
     check_quantize(way, CPU, dtype)
     if exists(out):
         raise ValueError(f"{named(out)} is there already: name a folder that is not")
@@ -80,20 +78,11 @@ def made(stored: Stored, layer: QuantizedLinear | None, dtype: torch.dtype) -> I
     stored.forget()
 
 
-def check_room(folder: Path, needed: int):
-    """Raise ValueError where a disk has too little room for so many bytes."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise ValueError(f"{named(folder.parent)}: {needed / 1e9:.1f} GB are needed, {free / 1e9:.1f} GB are "
-                         "free on this disk; name a folder on a larger one")
-
-
 def write_settings(folder: Path, text: Path | None, out: Path, way: str):
     """Everything but weights: the small files of a checkpoint, its tokenizer perhaps of an adapter."""
     for source in [folder, *([] if text is None else [text])]:
         for path in sorted(path for pattern in SMALL_FILES for path in source.glob(pattern)):
-            small = path.is_file() and path.stat().st_size <= MOST_BYTES
-            if small and not any(path.match(pattern) for pattern in UNTRUE):
+            if path.is_file() and path.stat().st_size <= MOST_BYTES and not any(map(path.match, UNTRUE)):
                 shutil.copyfile(path, out / path.name)
     settings = read_json(folder / "config.json")
     for section in settings, settings.get("text_config") or {}:
