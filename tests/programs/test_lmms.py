@@ -14,7 +14,7 @@ from generate_helpers import drawn
 from helpers import refused
 
 from evaluation.lmms import compare, cost, loopback_judge, published, table
-from evaluation.lmms.questions import Limits, Question, answer, encode_sequences
+from evaluation.lmms.questions import Limits, Question, answer
 from evaluation.lmms.record import Record, read_record
 from evaluation.lmms.runs import read_run
 from generate import Assistant, messages
@@ -86,7 +86,7 @@ def test_prompts_do_not_depend_on_the_day(assistant, mixed, monkeypatch):
 
 
 def test_images_of_a_batch_without_any(assistant):
-    encoded = encode_sequences(assistant, [[], []])
+    encoded = assistant.encode_images([[], []])
     assert encoded.tokens is None and encoded.real_of_each == [0, 0] and encoded.slots == 0
 
 
