@@ -3,39 +3,21 @@
 What the tensors are, their dtypes and shapes say: nothing is taken from config.json. Scales for activations
 are ignored, since activations are not quantized here. Read as compressed-tensors 0.10 to 0.20 decompresses.
 """
-import math
-
 import torch
 from torch import Tensor
 
-from weights.quantized_parts import EIGHT_BITS, FLOATS, Quantized, of_rows, scaled, unpacked
+from weights.quantized_parts import OfEightBits, Quantized, of_rows, scaled, unpacked
 
 WIDTHS = 1, 2, 4, 8             # bits; others would straddle bytes
 ACTIVATIONS = "input_scale", "input_zero_point", "output_scale", "output_zero_point"
 
 
-class Plain(Quantized):
-    """A float of 8 bits or a whole number for each weight (float-quantized, int-quantized).
-
-    `weight` [N, K], `weight_scale` for all, each row or each group of columns, and zero points alike.
-    """
+class Plain(OfEightBits):
+    """`weight`, `weight_scale` and `weight_zero_point` (float-quantized, int-quantized)."""
     method = "compressed-tensors"
-    required = "weight", "weight_scale"
-    optional = "weight_zero_point", *ACTIVATIONS
-
-    def layout(self, default: torch.dtype) -> tuple[list[int], torch.dtype]:
-        shape = self.matrix("weight", EIGHT_BITS)
-        self.scale_groups("weight_scale", *shape)
-        if "weight_zero_point" in self.parts:
-            self.sized("weight_zero_point", EIGHT_BITS + FLOATS, math.prod(self.parts["weight_scale"].shape))
-        return shape, self.result_dtype("weight_scale", default)
-
-    def rows(self, start: int, stop: int) -> Tensor:
-        scale = of_rows(self.view("weight_scale"), start, stop)
-        zero = None
-        if "weight_zero_point" in self.parts:
-            zero = of_rows(self.view("weight_zero_point"), start, stop)
-        return scaled(self.view("weight")[start:stop].float(), scale, zero)
+    number_part, scale_part, zero_part = "weight", "weight_scale", "weight_zero_point"
+    required = number_part, scale_part
+    optional = zero_part, *ACTIVATIONS
 
 
 class Packed(Quantized):

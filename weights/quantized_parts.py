@@ -136,6 +136,28 @@ class Quantized(Stored):
         return next((dtype for dtype in (own, default) if dtype in HALVES), torch.bfloat16)
 
 
+class OfEightBits(Quantized):
+    """A float of 8 bits or a whole number for each weight [N, K], with a scale for all, each row or each
+    group of columns, and perhaps zero points alike."""
+    number_part: str                        # the names of these parts
+    scale_part: str
+    zero_part: str
+
+    def layout(self, default: torch.dtype) -> tuple[list[int], torch.dtype]:
+        shape = self.matrix(self.number_part, EIGHT_BITS)
+        self.scale_groups(self.scale_part, *shape)
+        if self.zero_part in self.parts:
+            self.sized(self.zero_part, EIGHT_BITS + FLOATS, math.prod(self.parts[self.scale_part].shape))
+        return shape, self.result_dtype(self.scale_part, default)
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        zero = None
+        if self.zero_part in self.parts:
+            zero = of_rows(self.view(self.zero_part), start, stop)
+        scale = of_rows(self.view(self.scale_part), start, stop)
+        return scaled(self.view(self.number_part)[start:stop].float(), scale, zero)
+
+
 def of_rows(scale: Tensor, start: int, stop: int) -> Tensor:
     """Of a tensor with a value for each group or row, or for all: fp32 [n, G], [n, 1] or [1, 1]."""
     if scale.numel() == 1:
