@@ -7,28 +7,20 @@
 The key is of the question and of all settings, so that an answer is known again. Questions are read as they
 are asked, and images are in memory for one batch only: of a million questions, only ids and keys are.
 """
-import errno
 import hashlib
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 
 from PIL import Image
 
 from weights.files import open_regular, replacing
 from weights.image_source import image_from, is_path
-from weights.messages import named, one_line, quoted, reason
+from weights.locked_file import LockedFile
+from weights.messages import named, one_line, quoted
 
-try:
-    import fcntl
-except ImportError:                 # on Windows, which has no such locks
-    fcntl = None
-
-NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP            # what a file system without locks answers
 MOST_LINE = 1_000_000               # bytes of a question
 BEGINNING = b'{"id": '              # of every line that is written here
 
@@ -67,40 +59,25 @@ class AnswerFile:
         self.stale = False                          # whether it has errors of before
 
     def __enter__(self) -> "AnswerFile":
-        self.file = open_locked(self.path)
+        self.file = LockedFile(self.path)
         try:
             self._read()
         except BaseException:
-            self._close()
+            self.file.close(remove=self.file.is_empty())
             raise
         return self
 
     def __exit__(self, kind: type | None, *error: object):
         if kind is None:
             self._remove_errors()
-        self._close()
-
-    def _close(self):
-        """An empty file does not stay."""
-        is_empty = os.fstat(self.file.fileno()).st_size == 0
-        if fcntl is None:                           # Windows removes no open file
-            self.file.close()
-        if is_empty:
-            self.path.unlink(missing_ok=True)
-        self.file.close()
+        self.file.close(remove=self.file.is_empty())
 
     def add(self, lines: list[dict]):
         """Write these lines at the end."""
         self._remove_errors()
-        data = b"".join(json.dumps(line).encode() + b"\n" for line in lines)
         self.answered += sum("error" not in line for line in lines)
         self.errors += sum("error" in line for line in lines)
-        try:
-            while data:
-                data = data[self.file.write(data):]
-        except OSError as error:
-            raise ValueError(f"{named(self.path)}: cannot be written: {reason(error)}; the same command goes "
-                             "on from here") from None
+        self.file.write(b"".join(json.dumps(line).encode() + b"\n" for line in lines))
 
     def _read(self):
         """What is known already."""
@@ -133,24 +110,8 @@ class AnswerFile:
         with replacing(self.path) as partial, open(partial, "wb") as file, open(self.path, "rb") as lines:
             file.writelines(line for line in lines if "error" not in json.loads(line))
         self.file.close()
-        self.file = open_locked(self.path)
+        self.file = LockedFile(self.path)
         self.stale = False
-
-
-def open_locked(path: Path) -> FileIO:
-    """Open a file for appending, for this process alone. ValueError where another one has it."""
-    file = open(path, "ab", buffering=0)            # noqa: SIM115  the caller closes it
-    try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise ValueError(f"{named(path)}: another process is writing it; wait until that has ended, or name "
-                         "another file") from None
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-    return file
 
 
 class QuestionFile:

@@ -8,26 +8,20 @@ FILE.part has a line with all settings, then a line for every run and for every 
     {"number": 1, "rows": [...], ...}
 
 The same command goes on after the last one. Only one process at a time writes the file: it holds a lock.
+Where there are no locks, mixed records are found by their numbers.
 """
-import errno
 import json
 import os
 import platform
-from io import FileIO
 from pathlib import Path
 
 from evaluation.exam import Exam
 from evaluation.records import are_figures, is_record
 from weights.files import read_bytes, read_json, replacing
-from weights.messages import named, one_line, reason
-
-try:
-    import fcntl
-except ImportError:                 # on Windows; there, mixed records are found by their numbers
-    fcntl = None
+from weights.locked_file import LockedFile
+from weights.messages import named, one_line
 
 MOST_BYTES = 1_000_000_000
-NO_LOCKS = errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP            # what a file system without locks answers
 
 
 class Store:
@@ -41,26 +35,18 @@ class Store:
 
     def __enter__(self) -> "Store":
         """Raises ValueError where another process writes FILE.part, or it is not of this evaluation."""
-        self.file = open_locked(self.part)
-        is_new = os.fstat(self.file.fileno()).st_size == 0
+        self.file = LockedFile(self.part, writer_of)
+        is_new = self.file.is_empty()
         try:
             self.records = self._read()
             self._write({"process": os.getpid(), "host": platform.node()})
         except BaseException:
-            self._close(remove=is_new)
+            self.file.close(remove=is_new)
             raise
         return self
 
     def __exit__(self, *error: object):
-        self._close(remove=not self.records)    # settings that fail at the first image leave no file
-
-    def _close(self, remove: bool):
-        """Give back the lock; remove the file first, or another process could have locked it by then."""
-        if fcntl is None:                       # Windows removes no open file
-            self.file.close()
-        if remove:
-            self.part.unlink(missing_ok=True)
-        self.file.close()
+        self.file.close(remove=not self.records)    # settings that fail at the first image leave no file
 
     def add(self, record: dict):
         """Write the record of the next image."""
@@ -103,7 +89,7 @@ class Store:
         complete = data[:data.rfind(b"\n") + 1]
         if not complete and header.startswith(data):
             self.file.truncate(0)
-            self._write_bytes(header)
+            self.file.write(header)
             return []
         if not complete.startswith(header):
             raise ValueError(f"{named(self.part)}: an evaluation with other settings or weights was not "
@@ -132,15 +118,7 @@ class Store:
         return ValueError(f"{named(self.part)}: damaged ({what}); delete this file to begin anew")
 
     def _write(self, line: dict):
-        self._write_bytes(json.dumps(line).encode() + b"\n")
-
-    def _write_bytes(self, data: bytes):
-        try:
-            while data:
-                data = data[self.file.write(data):]
-        except OSError as error:
-            raise ValueError(f"{named(self.part)}: cannot be written: {reason(error)}; the same command "
-                             "goes on from here") from None
+        self.file.write(json.dumps(line).encode() + b"\n")
 
 
 def as_text(settings: dict) -> str:
@@ -149,35 +127,6 @@ def as_text(settings: dict) -> str:
     Files of before there were splits are about test scenes.
     """
     return json.dumps({"split": "test", **settings})
-
-
-def open_locked(path: Path) -> FileIO:
-    """Open a file for reading and appending, for this process alone. ValueError where another one has it."""
-    while True:
-        if path.exists() and not path.is_file():
-            raise ValueError(f"{named(path)}: this is not a file; choose another name")
-        file = open(path, "a+b", buffering=0)       # noqa: SIM115  the caller closes it
-        try:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise ValueError(f"{named(path)}: {writer_of(path)} is writing it; wait until that has ended, "
-                             "or name another file") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-        if is_at(file, path):
-            return file
-        file.close()                                # another process has just finished, and removed it
-
-
-def is_at(file: FileIO, path: Path) -> bool:
-    """Whether an open file is still the one that has this path."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def writer_of(path: Path) -> str:

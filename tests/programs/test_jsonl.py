@@ -188,7 +188,7 @@ def test_two_processes_do_not_write_one_file(run, folder, capsys):
 
 
 def test_a_system_without_locks(run, folder, monkeypatch):
-    monkeypatch.setattr(question_file, "fcntl", None)
+    monkeypatch.setattr("weights.locked_file.fcntl", None)
     for _ in range(2):
         run(*flags(folder))
     assert len(read(folder / "answers.jsonl")) == 5

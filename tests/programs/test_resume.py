@@ -135,7 +135,7 @@ def test_a_second_run_on_the_same_file_is_refused(run, capsys, monkeypatch, tmp_
 
 def test_two_runs_without_locks_do_not_mix_their_records(monkeypatch, tmp_path):
     """As on Windows: the numbers show it."""
-    monkeypatch.setattr("evaluation.store.fcntl", None)
+    monkeypatch.setattr("weights.locked_file.fcntl", None)
     first, second = Store(tmp_path / "x.json", {}), Store(tmp_path / "x.json", {})
     with first, second:
         for store in first, second:
