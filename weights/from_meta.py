@@ -9,9 +9,6 @@ files: --base says that it is not an Instruct model.
 """
 import argparse
 import json
-import os
-import secrets
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +18,8 @@ from torch import Tensor
 
 from model.llama_vision import LlamaVision
 from weights.config_file import config_from_dict
-from weights.files import check_room, exists
-from weights.messages import named, one_line, quoted, reason
+from weights.files import check_room, exists, new_folder
+from weights.messages import named, one_line, quoted, written
 from weights.meta_files import PARAMS, open_ranks, read_params
 from weights.meta_layout import Converted, config, convert
 from weights.meta_tokenizer import read_ranks, special_tokens, tokenizer_json
@@ -49,16 +46,11 @@ def from_meta(folder: str | Path, out: str | Path, base: bool = False, shard: in
     converted = convert(open_ranks(folder), params)
     like, settings = _checked(folder, converted, params)
     text = _text_side(folder, params, base)
-    partial = out.with_name(f".{out.name[:40]}.{secrets.token_hex(8)}")
-    try:
-        partial.mkdir(parents=True)
+    with new_folder(out) as partial:
         for name, content in {"config.json": settings, **text, **_image_side(params)}.items():
             content = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (partial / name).write_text(content, encoding="utf-8")
         _write(partial, converted, like, shard)
-        os.rename(partial, out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return out
 
 
@@ -158,15 +150,7 @@ def main(words: list[str] | None = None):
     parser.add_argument("out", metavar="OUT", help="a new folder for safetensors and config.json")
     parser.add_argument("--base", action="store_true", help="not an Instruct model: it continues texts")
     args = parser.parse_args(words)
-    try:
-        out = from_meta(args.folder, args.out, args.base)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"error: {named(args.out)}: cannot be written ({reason(error)})\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
-    print(out)
+    print(written(parser, args.out, lambda: from_meta(args.folder, args.out, args.base)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
 """Words for error messages: somebody else's text becomes part of one line of bounded length."""
+from argparse import ArgumentParser
+from collections.abc import Callable
 
 
 def one_line(words: object, most: int = 300) -> str:
@@ -33,3 +35,16 @@ def reason(error: OSError) -> str:
 def some(names: list[str]) -> str:
     """A few names for a message."""
     return ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")
+
+
+def written(parser: ArgumentParser, out: str, write: Callable[[], object]) -> object:
+    """What `write()` gives, in a command that writes OUT. Its errors end the command with one line and exit
+    code 2, Ctrl-C ends it with 130."""
+    try:
+        return write()
+    except ValueError as error:
+        parser.exit(2, f"error: {error}\n")
+    except OSError as error:
+        parser.exit(2, f"error: {named(out)}: cannot be written ({reason(error)})\n")
+    except KeyboardInterrupt:
+        parser.exit(130)

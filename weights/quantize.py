@@ -19,7 +19,7 @@ from weights.adapters import FirstRows, find_base
 from weights.device import parse_dtype
 from weights.files import MOST_BYTES, check_room, exists, new_folder, read_json
 from weights.load import without_weights
-from weights.messages import named, reason
+from weights.messages import named, written
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.quantization_config import OWN_METHOD
 from weights.quantized_layers import check_quantize, quantized_layers
@@ -36,7 +36,8 @@ def write_quantized(source: str | Path, out: str | Path, way: str, dtype: str | 
                     revision: str | None = None, adapters: Sequence[str | Path] = ()) -> Path:
     """Write OUT from a checkpoint, quantised in one of `quantized_layers.WAYS`; scales and what stays in full
     have the `dtype`, None for the checkpoint's own. Raises ValueError with one line where that cannot be."""
-    out, dtype = Path(out), parse_dtype(dtype)
+    out = Path(out)
+    dtype = parse_dtype(dtype)
     check_quantize(way, CPU, dtype)
     if exists(out):
         raise ValueError(f"{named(out)} is there already: name a folder that is not")
@@ -104,16 +105,9 @@ def main(words: list[str] | None = None):
     parser.add_argument("--revision", metavar="R", help="branch, tag or commit of a hub id")
     parser.add_argument("--adapter", action="append", default=[], metavar="A", help="merge it first")
     args = parser.parse_args(words)
-    try:
-        way = args.kind + "+tower" * args.tower
-        out = write_quantized(args.model, args.out, way, args.dtype, args.revision, args.adapter)
-    except ValueError as error:
-        parser.exit(2, f"error: {error}\n")
-    except OSError as error:
-        parser.exit(2, f"error: {named(args.out)}: cannot be written ({reason(error)})\n")
-    except KeyboardInterrupt:
-        parser.exit(130)
-    print(out)
+    way = args.kind + "+tower" * args.tower
+    print(written(parser, args.out, lambda: write_quantized(args.model, args.out, way, args.dtype,
+                                                            args.revision, args.adapter)))
 
 
 if __name__ == "__main__":
