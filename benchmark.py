@@ -142,10 +142,10 @@ def measure(args: argparse.Namespace, subject: Subject, loading: Samples, pruner
     if args.quantize is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])
         measured = Quantized(subject, args.quantize.split(","), pruners, peers.get(EAGER), args.compile,
-                             bench.ceilings["copy_bytes_per_s"])
+                             bench.ceilings["copy_bytes_per_s"], args.tiles[0])
         for batch in args.batch:
-            made["quantized"] += measured.measure(batch, *one[1:])
-            made["compiled"] += measured.compare(batch, *one[1:4])
+            made["quantized"] += measured.measure(batch, *one[2:])
+            made["compiled"] += measured.compare(batch, *one[2:4])
             save(args, made)
     elif args.methods is not None:
         made["about"] = bench.about(args.batch[0], args.tiles[0])

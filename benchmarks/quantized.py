@@ -9,22 +9,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from benchmarks.measure import in_turns
+from benchmarks.parts import COMPILED, EAGER, PEER
 from benchmarks.peer import Peer
 from benchmarks.same import compiled_beside_plain, graphs_made
 from benchmarks.subject import Subject
 from benchmarks.waterfall import warm_up_rounds
 from model.answer import Answer
-from model.image_tokens import ImageTokens
 from model.llama_vision import LlamaVision
 from pruning import Pruner
-from weights.quantized_layers import fill, quantized_layers
+from weights.quantized_layers import bytes_of, fill, quantized_layers
+from weights.skeleton import without_weights
 
 FULL = "in full"
-PEER, EAGER, COMPILED = "transformers", "eager", "compiled"
 WHOLE = str(Pruner())
 
 Key = tuple[str, str, str]                      # whose weights, how it decodes, which method
@@ -48,8 +47,7 @@ class InMemory:
 
 def quantized_copy(model: LlamaVision, way: str) -> LlamaVision:
     """The same model with its linear layers in fewer bits; all other weights are shared."""
-    with torch.device("meta"):
-        copy = LlamaVision(model.config)
+    copy = without_weights(model.config)
     found = {name: InMemory(tensor) for name, tensor in model.state_dict().items()}
     layers = quantized_layers(copy, found, way, model.device, model.dtype)
     state = {name: stored.tensor for name, stored in found.items() if name not in layers}
@@ -61,12 +59,13 @@ def quantized_copy(model: LlamaVision, way: str) -> LlamaVision:
 
 
 class Quantized:
-    """The same model in full and in each way, and transformers in full, to be measured in turns. The first of
-    the `pruners` keeps everything."""
+    """The same model in full and in each way, and transformers in full, to be measured in turns, about an
+    image of so many tiles. The first of the `pruners` keeps everything."""
 
     def __init__(self, subject: Subject, ways: Sequence[str], pruners: Sequence[Pruner], peer: Peer | None,
-                 compiled: bool, copy_bytes_per_s: float):
+                 compiled: bool, copy_bytes_per_s: float, tiles: int):
         self.subject = subject
+        self.tiles = tiles
         self.subjects = {FULL: subject}
         for way in ways:
             model = quantized_copy(subject.model, way)
@@ -76,30 +75,29 @@ class Quantized:
         self.decoders = {(way, name): each.compiled() for way, each in self.subjects.items()
                          for name in self.pruners if compiled}
         self.copy_bytes_per_s = copy_bytes_per_s
+        # By the tower in full, for each method.
+        self.images = {name: subject.model.encode([subject.tiles(tiles, pruner)], pruner.keep_states)
+                       for name, pruner in self.pruners.items()}
+        self.peer_image = None if peer is None else peer.encode(subject.tiles(tiles, Pruner()))
 
-    def encode(self, tiles: int) -> dict[str, ImageTokens]:
-        """The image by the tower in full, for each method."""
-        return {name: self.subject.model.encode([self.subject.tiles(tiles, pruner)], pruner.keep_states)
-                for name, pruner in self.pruners.items()}
-
-    def measure(self, batch: int, tiles: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[dict]:
+    def measure(self, batch: int, prompt_tokens: int, new_tokens: int, repeat: int) -> list[dict]:
         """A row for the weights in full and in each way, with each method, and for transformers."""
         ids = self.subject.prompt(batch, prompt_tokens)
-        images = self.encode(tiles)
         jobs: dict[Key, Callable[[], Answer]] = {}
         for way, each in self.subjects.items():
             for name, pruner in self.pruners.items():
-                ask = partial(each.answer, ids, images[name], new_tokens, pruner)
+                ask = partial(each.answer, ids, self.images[name], new_tokens, pruner)
                 jobs[way, EAGER, name] = ask
                 if self.decoders:
                     jobs[way, COMPILED, name] = partial(ask, decode=self.decoders[way, name])
         if self.peer is not None:
-            image = self.peer.encode(self.subject.tiles(tiles, Pruner()))
-            jobs[PEER, EAGER, WHOLE] = partial(self.subject.peer_answer, self.peer, ids, image, new_tokens)
+            jobs[PEER, EAGER, WHOLE] = partial(self.subject.peer_answer, self.peer, ids, self.peer_image,
+                                               new_tokens)
         rounds = in_turns(jobs, repeat, warm_up_rounds(new_tokens), f"batch {batch}: answers in turns")
-        logits = {way: each.model.prefill(ids, [prompt_tokens] * batch, images[WHOLE].expand(batch), 1)[0]
+        image = self.images[WHOLE].expand(batch)
+        logits = {way: each.model.prefill(ids, [prompt_tokens] * batch, image, 1)[0]
                   for way, each in self.subjects.items()}
-        return [{"batch": batch, "tiles": tiles, **self.row(job, new_tokens, answers, logits)}
+        return [{"batch": batch, "tiles": self.tiles, **self.row(job, new_tokens, answers, logits)}
                 for job, answers in rounds.items()]
 
     def row(self, job: Key, new_tokens: int, answers: list[Answer], logits: dict[str, Tensor]) -> dict:
@@ -116,19 +114,17 @@ class Quantized:
                 "fraction_of_ceiling": read / token * 1000 / self.copy_bytes_per_s,
                 "difference": relative(logits[way], logits[FULL]) if way in logits else None}
 
-    def compare(self, batch: int, tiles: int, prompt_tokens: int, new_tokens: int) -> list[dict]:
+    def compare(self, batch: int, prompt_tokens: int, new_tokens: int) -> list[dict]:
         """Whether compiled decoding gives what plain decoding gives, and how many graphs there are by now."""
         ids = self.subject.prompt(batch, prompt_tokens)
-        images = self.encode(tiles)
         graphs = graphs_made()
-        return [{"batch": batch, "tiles": tiles, "weights": way, "pruner": None if name == WHOLE else name,
-                 "graphs": graphs, **compiled_beside_plain(self.subjects[way], ids, images[name], new_tokens,
-                                                           self.pruners[name], decode)}
-                for (way, name), decode in self.decoders.items()]
-
-
-def bytes_of(model: LlamaVision) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        rows = []
+        for (way, name), decode in self.decoders.items():
+            same = compiled_beside_plain(self.subjects[way], ids, self.images[name], new_tokens,
+                                         self.pruners[name], decode)
+            rows.append({"batch": batch, "tiles": self.tiles, "weights": way,
+                         "pruner": None if name == WHOLE else name, "graphs": graphs, **same})
+        return rows
 
 
 def relative(logits: Tensor, full: Tensor) -> float:

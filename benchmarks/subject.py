@@ -27,6 +27,7 @@ from weights import find_checkpoint, read_config
 from weights.images import ImageProcessor
 from weights.quantized_linear import QuantizedLinear
 from weights.shapes import OFFICIAL
+from weights.skeleton import without_weights
 from weights.wide import is_slow, widen
 
 SHAPES: dict[str, Callable[[], Config]] = {
@@ -59,8 +60,7 @@ def cut(config: Config, layers: int) -> Config:
 
 def random_model(config: Config, device: torch.device, dtype: torch.dtype, seed: int = 0) -> LlamaVision:
     """A LlamaVision with random weights, which are made on the device, without a second copy."""
-    with torch.device("meta"):
-        model = LlamaVision(config)
+    model = without_weights(config)
     if is_slow(dtype, device):                  # as in a model that is loaded
         widen(model)
     generator = torch.Generator(device).manual_seed(seed)

@@ -45,6 +45,7 @@ from model.layers import rotary_angles, rotary_frequencies
 from model.llama_vision import LlamaVision
 from pruning import Pruner, hooks
 from pruning.methods.trimmed_llama import flops_reduction
+from weights.skeleton import without_weights
 
 SECONDS = 45                            # for the rounds of one batch
 
@@ -190,8 +191,7 @@ class Prefill:
 
 def of_depth(model: LlamaVision, text: TextConfig) -> LlamaVision:
     """The model with a decoder of another depth: layers of each kind serve again and again, in turns."""
-    with torch.device("meta"):
-        other = LlamaVision(replace(model.config, text=text))
+    other = without_weights(replace(model.config, text=text))
     decoder = model.language_model
     cross = decoder.cross_layers
     own = [layer for layer in decoder.layers if not isinstance(layer, CrossAttentionLayer)]

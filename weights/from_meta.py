@@ -13,10 +13,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from model.llama_vision import LlamaVision
 from weights.config_file import config_from_dict
 from weights.files import check_room, exists, new_folder
 from weights.messages import named, one_line, quoted, written
@@ -25,6 +23,7 @@ from weights.meta_layout import Converted, config, convert
 from weights.meta_tokenizer import read_ranks, special_tokens, tokenizer_json
 from weights.safetensors_file import INDEX, SINGLE, write_in_turn
 from weights.save import official_state_dict
+from weights.skeleton import without_weights
 
 SHARD = 5_000_000_000               # bytes of a file, as the hub has them
 MEAN, DEVIATION = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)     # CLIP's
@@ -59,8 +58,7 @@ def _checked(folder: Path, converted: dict[str, Converted], params: dict) -> tup
     try:
         like = {name: parameter.like() for name, parameter in converted.items()}
         settings = config(params, like)
-        with torch.device("meta"):
-            wanted = official_state_dict(LlamaVision(config_from_dict(settings)))
+        wanted = official_state_dict(without_weights(config_from_dict(settings)))
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError) as error:   # shapes that do not fit
         raise ValueError(f"{named(folder)}: {PARAMS} and weights do not belong together "
                          f"({one_line(error, 120)})") from None

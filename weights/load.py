@@ -59,7 +59,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     check_quantize(quantize, devices[0], dtype)
     adapters = find_adapters(adapters)
     folder = find_base(source, revision, adapters)
-    model, found, dtype = without_weights(folder, adapters, dtype)
+    model, found, dtype = open_model(folder, adapters, dtype)
     vocabulary = model.config.text.vocab_size
     found = divide(model, found, ranks, offload)
     layers = quantized_layers(model, found, quantize, devices[0], dtype)
@@ -79,7 +79,7 @@ def load_model(source: str | Path = "tiny", device: str | torch.device = "cpu",
     return model
 
 
-def without_weights(folder: Path, adapters: Sequence[str | Path], dtype: torch.dtype | None
+def open_model(folder: Path, adapters: Sequence[str | Path], dtype: torch.dtype | None
                     ) -> tuple[LlamaVision, dict[str, Stored], torch.dtype]:
     """The model of a checkpoint on the meta device; what each parameter is read from, but for a head that is
     tied to the embedding; and the dtype, which is the checkpoint's own if None is given. All is checked."""

@@ -24,7 +24,8 @@ from weights.messages import quoted
 from weights.parallel import narrow
 from weights.quantized_layers import choice
 from weights.ranks import Ranks
-from weights.shapes import OFFICIAL, without_weights
+from weights.shapes import OFFICIAL
+from weights.skeleton import without_weights
 
 FORMATS = {"bf16": None, "int8": "int8", "int4": "int4"}        # and the `quantize` of each
 # Of a token that is decoded: neither looked up, nor about the image, whose keys and values are in the cache.

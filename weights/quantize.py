@@ -18,7 +18,7 @@ from weights.adapter_file import find_adapters, text_folder
 from weights.adapters import FirstRows, find_base
 from weights.device import parse_dtype
 from weights.files import MOST_BYTES, check_room, exists, new_folder, read_json
-from weights.load import without_weights
+from weights.load import open_model
 from weights.messages import named, written
 from weights.names import EMBEDDING, HEAD, official_name
 from weights.quantization_config import OWN_METHOD
@@ -43,7 +43,7 @@ def write_quantized(source: str | Path, out: str | Path, way: str, dtype: str | 
         raise ValueError(f"{named(out)} is there already: name a folder that is not")
     adapters = find_adapters(adapters)
     folder = find_base(source, revision, adapters)
-    model, found, dtype = without_weights(folder, adapters, dtype)
+    model, found, dtype = open_model(folder, adapters, dtype)
     layers = quantized_layers(model, found, way, CPU, dtype)
     if any(stored.layer for stored in found.values()):
         raise ValueError(f"{named(folder)}: its weights have 8 or 4 bits already; take the bf16 checkpoint")

@@ -86,8 +86,12 @@ def weights_words(model: LlamaVision) -> str | None:
     kinds = sorted({module.kind for module in model.modules() if isinstance(module, QuantizedLinear)})
     if not kinds:
         return None
-    held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    return f"{' and '.join(kinds)} weights; all weights together take {held / 1e6:,.1f} MB"
+    return f"{' and '.join(kinds)} weights; all weights together take {bytes_of(model) / 1e6:,.1f} MB"
+
+
+def bytes_of(model: LlamaVision) -> int:
+    """Of all weights; those of quantised layers are no parameters."""
+    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
 
 
 def fill(layer: QuantizedLinear, stored: Stored, works_on: torch.device, kept_on: torch.device,

@@ -1,10 +1,7 @@
 """The official models by their sizes, without files: what config.json of each of them says."""
 from dataclasses import replace
 
-import torch
-
 from model.config import Config, RopeScaling, TextConfig, VisionConfig
-from model.llama_vision import LlamaVision
 
 ELEVEN = Config(VisionConfig(image_size=560), TextConfig(rope_scaling=RopeScaling()))
 NINETY = replace(ELEVEN, text=replace(
@@ -13,9 +10,3 @@ NINETY = replace(ELEVEN, text=replace(
 OFFICIAL = {"11b": ELEVEN, "90b": NINETY,                       # Llama Guard 3 Vision has the shape of 11B
             "11b-base": replace(ELEVEN, vision=VisionConfig()),         # base models: tiles of 448 pixels
             "90b-base": replace(NINETY, vision=VisionConfig())}
-
-
-def without_weights(config: Config) -> LlamaVision:
-    """A model on the meta device, which has shapes only."""
-    with torch.device("meta"):
-        return LlamaVision(config)

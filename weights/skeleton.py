@@ -10,11 +10,16 @@ from model.llama_vision import LlamaVision
 from weights.messages import named, one_line
 
 
+def without_weights(config: Config) -> LlamaVision:
+    """A model on the meta device, which has shapes only and takes no memory."""
+    with torch.device("meta"), _Unfilled():
+        return LlamaVision(config)
+
+
 def empty_model(config: Config, folder: Path) -> LlamaVision:
     """The model of a folder's config.json on the meta device. Raises ValueError with one line."""
     try:
-        with torch.device("meta"), _Unfilled():         # no memory: the weights come from the files
-            return LlamaVision(config)
+        return without_weights(config)
     except (RuntimeError, TypeError) as error:          # sizes beyond 64 bits
         raise ValueError(f"{named(folder / 'config.json')}: no model has these sizes "
                          f"({one_line(error, 120)})") from error

@@ -17,7 +17,8 @@ from cli.terminal import stdout_width
 from evaluation.plot import blocks, in_columns
 from model.llama_vision import LlamaVision
 from pruning import METHODS
-from weights.shapes import OFFICIAL, without_weights
+from weights.shapes import OFFICIAL
+from weights.skeleton import without_weights
 
 
 @dataclass(frozen=True)

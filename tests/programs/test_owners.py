@@ -10,7 +10,8 @@ from generate import generate
 from pruning import Pruner
 from weights import load_model
 from weights.memory import FORMATS, answer_bytes, card_for, main, shares, table, weight_bytes
-from weights.shapes import NINETY, OFFICIAL, without_weights
+from weights.shapes import NINETY, OFFICIAL
+from weights.skeleton import without_weights
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "OWNERS.md").read_text(encoding="utf-8")
