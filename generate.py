@@ -148,8 +148,8 @@ class Assistant:
             tokens = self.model.encode(tiles, keep_states or pruner.keep_states)
             if tokens is not None and len(keys) > len(tiles):
                 tokens = tokens.select([list(different).index(key) for key in keys])
-        return EncodedImages(together, tokens, clock.lap(), sum(slots), sum(real), real, slots,
-                             [len(own) for own in sequences], shared)
+        return EncodedImages(together, tokens, clock.lap(), real, slots, [len(own) for own in sequences],
+                             shared)
 
     def answer(self, conversations: list[list[dict]], encoded: EncodedImages,
                max_new_tokens: int | Sequence[int],

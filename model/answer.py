@@ -10,12 +10,18 @@ class EncodedImages:
     tiles: Tiles                                # of all images, in order
     tokens: ImageTokens | None                  # of 1 sequence if they are the same for all, else of B
     ms: float                                   # that encoding took
-    slots: int                                  # image tokens of all tiles, used or not
-    real: int                                   # image tokens of the tiles that the images fill
-    real_of_each: list[int]                     # and of those of each sequence
-    slots_of_each: list[int] = field(default_factory=list)
-    images_of_each: list[int] = field(default_factory=list)
+    real_of_each: list[int]                     # image tokens of the tiles that a sequence's images fill
+    slots_of_each: list[int]                    # and of all tiles, used or not
+    images_of_each: list[int]
     shared: bool = True                         # whether there is one set of images, for any batch
+
+    @property
+    def real(self) -> int:
+        return sum(self.real_of_each)
+
+    @property
+    def slots(self) -> int:
+        return sum(self.slots_of_each)
 
     def expand(self, batch: int) -> ImageTokens | None:
         """The tokens, for every sequence of a batch. Raises ValueError if each has its own, and there are
@@ -36,10 +42,8 @@ class EncodedImages:
             raise ValueError("only images that are the same for all conversations can be joined")
         if self.tokens is None or later.tokens is None:
             return later if self.tokens is None else self
-        slots = self.slots + later.slots
-        real = self.real + later.real
         return EncodedImages(Tiles.cat([self.tiles, later.tiles]), self.tokens.join(later.tokens),
-                             self.ms + later.ms, slots, real, [real], [slots],
+                             self.ms + later.ms, [self.real + later.real], [self.slots + later.slots],
                              [len(self.tiles) + len(later.tiles)])
 
 
