@@ -16,8 +16,8 @@ from weights import read_config
 from weights.image_file import open_image
 
 ROOT = Path(__file__).parents[2]
-FOLDERS = ("model", "weights", "pruning", "scenes", "evaluation", "benchmarks", "tests", "examples", "docs",
-           ".ci")
+FOLDERS = ("model", "weights", "pruning", "scenes", "evaluation", "benchmarks", "page", "tests", "examples",
+           "docs", ".ci")
 KINDS = "*.py", "*.md", "*.toml", "run"
 FILES = sorted([path for kind in KINDS for path in ROOT.glob(kind)]
                + [path for kind in KINDS for folder in FOLDERS for path in (ROOT / folder).rglob(kind)])

@@ -11,8 +11,8 @@ from pruning import METHODS, Pruner
 from pruning.pruner import HOOKS
 
 ROOT = Path(__file__).parents[2]
-ROOMS = "model", "weights", "pruning", "cli", "scenes", "evaluation", "benchmarks"
-PROGRAMS = "generate", "evaluate", "benchmark"
+ROOMS = "model", "weights", "pruning", "cli", "scenes", "evaluation", "benchmarks", "page"
+PROGRAMS = "generate", "evaluate", "benchmark", "demo"
 SOURCES = [*ROOT.glob("*.py"), *(path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py")))]
 TREES = {path: ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
 every_file = pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -23,7 +23,8 @@ SHARED = LIBRARY | {"cli"}
 ALLOWED = {"model": {"model"}, "weights": {"model", "weights"}, "pruning": LIBRARY, "cli": SHARED,
            "scenes": SHARED | {"scenes"},
            "evaluation": SHARED | {"scenes", "evaluation"},
-           "benchmarks": SHARED | {"scenes", "benchmarks"}}
+           "benchmarks": SHARED | {"scenes", "benchmarks"},
+           "page": SHARED | {"scenes", "evaluation", "page", "generate"}}       # it is part of a program
 EVERYTHING = {*ROOMS, *PROGRAMS}
 
 

@@ -1,0 +1,116 @@
+"""The page where people see what the model looks at, what is kept and what it costs: `python demo.py`.
+
+    browser ── 127.0.0.1 ─► gradio's queue, one question at a time ─► page/desk.py ─► Assistant
+
+Each tab is built by its module of page/. Nothing is loaded from the network, and nobody outside this machine
+can see the page.
+"""
+from cli import program
+
+program.begin(__name__)
+
+import argparse
+import os
+import socket
+from threading import Event
+from typing import TYPE_CHECKING
+
+from cli.options import Parser, add_model_options, model_options, say_how, whole_number
+from cli.program import say
+from generate import Assistant
+from page.answers import STYLE
+from page.desk import Desk
+from weights.image_source import MOST_FETCHED
+
+if TYPE_CHECKING:
+    import gradio as gr
+
+HOST = "127.0.0.1"
+PORT = 7860
+MISSING = "the page needs gradio, which is not installed: pip install -e '.[demo]'"
+OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+EXAMPLES = ("python demo.py", "python demo.py --model meta-llama/Llama-3.2-11B-Vision-Instruct --port 8000")
+TITLE = "trimmed-llama"
+HEAD = """# trimmed-llama
+Ask **{name}** about an image, and see what is left of the answer with fewer image tokens."""
+CACHE = 600, 3600       # seconds: how often old files of visitors are deleted, and how old they are
+
+
+def arguments() -> argparse.Namespace:
+    parser = Parser("python demo.py", "A page in the browser: ask about images, and see what pruning does.",
+                    "[options]", EXAMPLES)
+    add_model_options(parser)
+    parser.section("the page")
+    parser.add_argument("--port", type=whole_number, default=PORT, metavar="N",
+                        help=f"of {HOST}, where the page is; default {PORT}, 0: any that is free")
+    return parser.parse_args()
+
+
+def show(args: argparse.Namespace):
+    """Serve the page until Ctrl-C."""
+    os.environ.update(OFFLINE)                  # before gradio is imported
+    try:
+        import gradio  # noqa: F401
+    except ImportError:
+        raise ValueError(MISSING) from None
+    port = free_port(args.port)
+    assistant = Assistant(args.model, **model_options(args))
+    say_how(assistant.model, args, assistant.adapters)
+    serve(Desk(assistant, args.model), port)
+
+
+def serve(desk: Desk, port: int):
+    """Returns only by an exception: Ctrl-C is one."""
+    made = page(desk)
+    made.launch(server_name=HOST, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
+                max_file_size=MOST_FETCHED, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
+                mcp_server=False, enable_monitoring=False, css=STYLE)
+    say(f"the page is at http://{HOST}:{port} (Ctrl-C ends it)")
+    try:
+        Event().wait()
+    finally:
+        made.close(verbose=False)
+
+
+def page(desk: Desk) -> "gr.Blocks":
+    """The tabs, each built by its module. A builder gets the desk and the visitor's `state`; all but that of
+    Ask return what is done whenever their tab is opened: a function of the Asked in `state` (None before the
+    first answer), and the components that it fills."""
+    import gradio as gr  # here and in the modules of the tabs, because only this program needs it
+
+    from page.ask import MODEL, ask_tab
+
+    others = {}                                 # name: builder
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as made:
+        gr.Markdown(HEAD.format(name=desk.name))
+        state = gr.State()                      # of each visitor: the Asked of the last answer
+        with gr.Tab("Ask", id="ask"):
+            ask_tab(desk, state)
+        for name, build in others.items():
+            with gr.Tab(name, id=name.lower()) as tab:
+                show, components = build(desk, state)
+            tab.select(show, state, components, concurrency_limit=1, concurrency_id=MODEL)
+    return made
+
+
+def free_port(port: int) -> int:
+    """The port, or any free one for 0. Raises ValueError for one that is taken or none."""
+    if not 0 <= port < 2 ** 16:
+        raise ValueError(f"--port is {port}, but must be a number from 1 to {2 ** 16 - 1}, or 0 for any")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            raise ValueError(f"--port {port}: cannot be used ({error.strerror}); is another page open there? "
+                             "Give another one, or 0 for any that is free") from None
+        return probe.getsockname()[1]
+
+
+def main():
+    program.run(show, arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,114 @@
+"""An Asked as HTML: both answers as they grow, what each took, and whether they differ."""
+from collections.abc import Callable
+from html import escape
+
+from cli.answers import speed
+from cli.terminal import size, took
+from page.desk import Asked, Said
+
+STYLE = """
+.answers { width: 100%; border-collapse: collapse; font-size: 1rem; table-layout: fixed; }
+.answers th, .answers td { padding: .3rem .6rem; text-align: left; vertical-align: top;
+    border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
+.answers thead th { font-weight: 600; }
+.answers tbody th { font-weight: 400; color: var(--body-text-color-subdued); }
+.answers .said td { font-size: 1.35rem; min-height: 2rem; }
+.answers .first { width: 28%; }
+.verdict { padding: .5rem .6rem; font-weight: 600; }
+.doing { padding: .3rem .6rem; color: var(--body-text-color-subdued); min-height: 1.4rem; }
+.refused { padding: .6rem; border-left: 4px solid var(--error-border-color, #c00);
+    background: var(--block-background-fill); overflow-wrap: anywhere; }
+"""
+
+
+def answers_html(asked: Asked, right: str | None = None) -> str:
+    """Everything about a question so far. `right` is the right answer, where it is known.
+
+    A cell of the table has the figure as it is in `data-value`, and as people read it as its text.
+    """
+    sides = {"full": asked.full, "pruned": asked.pruned}
+    heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads_of(asked))
+    said = "".join(f'<td id="{side}-answer">{answer_html(one)}</td>' for side, one in sides.items())
+    lines = "".join(line_html(*line, sides) for line in LINES)
+    return (f'<table class="answers"><thead><tr><th class="first" scope="col">{escape(asked.question)}</th>'
+            f'{heads}</tr></thead><tbody><tr class="said"><th scope="row">answer</th>{said}</tr>{lines}'
+            f'</tbody></table>{verdict_html(asked, right)}'
+            f'<p class="doing" id="doing" role="status">{escape(asked.doing)}</p>')
+
+
+def heads_of(asked: Asked) -> tuple[str, str]:
+    return "all image tokens", str(asked.pruner())
+
+
+def answer_html(said: Said | None) -> str:
+    """An empty answer is one, too."""
+    if said is None:
+        return ""
+    if said.figures is not None and not said.text:
+        return "<em>(nothing)</em>"
+    return escape(said.text)
+
+
+# What the table tells of `figures`: the name of a line, where its number is, and how it is written.
+LINES = (("image tokens kept", "image_tokens.kept", str), ("image KV", "image_kv_bytes", size),
+         ("encode", "ms.encode", took), ("prefill", "ms.prefill", took), ("decode", "ms.decode", took),
+         ("speed", "tokens_per_second", speed))
+
+
+def line_html(name: str, path: str, write: Callable[[float], str], sides: dict[str, Said | None]) -> str:
+    """One figure of both answers, as far as they are done."""
+    cells = ""
+    for side, said in sides.items():
+        if said is None or said.figures is None:
+            cells += "<td></td>"
+            continue
+        value = figure(said.figures, path)
+        more = more_words(said.figures, path)
+        cells += (f'<td id="{side}-{path.replace(".", "-")}" data-value="{value}">{escape(write(value))}'
+                  f'{f"<br><small>{escape(more)}</small>" if more else ""}</td>')
+    return f'<tr><th scope="row">{name}</th>{cells}</tr>'
+
+
+def figure(figures: dict, path: str) -> float:
+    """"ms.encode" is figures["ms"]["encode"]."""
+    for part in path.split("."):
+        figures = figures[part]
+    return figures
+
+
+def more_words(figures: dict, path: str) -> str:
+    """What belongs to a number: the tokens of each layer where they differ, bytes that are kept beside."""
+    layers = figures["kept_by_layer"]
+    if path == "image_tokens.kept":
+        several = len({round(layer) for layer in layers}) > 1
+        by_layer = f"; by layer {' '.join(f'{layer:.0f}' for layer in layers)}" if several else ""
+        return f"of {figures['image_tokens']['real']}{by_layer}"
+    if path == "image_kv_bytes" and figures["image_kv_stored_bytes"] > figures["image_kv_bytes"]:
+        return f"of {size(figures['image_kv_stored_bytes'])} stored"
+    return ""
+
+
+def verdict_html(asked: Asked, right: str | None) -> str:
+    """Whether the answers differ, and whether they are right."""
+    if not asked.done:
+        return ""
+    words = "The answers differ." if asked.differ else "Both answers are the same."
+    if right is not None:
+        words += " " + judged(asked, right)
+    return f'<p class="verdict" id="verdict">{escape(words)}</p>'
+
+
+def judged(asked: Asked, right: str) -> str:
+    """An answer is right where it is the expected one to the letter, as in the evaluation."""
+    full = asked.full.text == right
+    pruned = asked.pruned.text == right
+    if full and pruned:
+        return "Right."
+    if not full and not pruned:
+        return f"{'Neither is' if asked.differ else 'It is not'} right: {right}."
+    return f"Right is {right}: only the answer with {'all' if full else 'fewer'} image tokens."
+
+
+def refusal_html(words: str) -> str:
+    """Why there is no answer."""
+    return f'<p class="refused" id="refused" role="alert">{escape(words)}</p>'

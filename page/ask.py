@@ -1,0 +1,131 @@
+"""The Ask tab: an image, a question, a method and how much it keeps; both answers side by side.
+
+    choose, draw or upload ─► Subject ─┐
+    type, or choose a kind ─► question ┴─ Desk.ask ─► Asked, in the visitor's `state` ─► answers.py
+
+Elements that tests and styles may rely on (`elem_id`): examples, new-scene, upload, image, note, question,
+kind, method, about, keep, ask, stop, answers; and in the answers: full-answer, pruned-answer, verdict, doing,
+refused, and the figures, full-image_tokens-kept and so on, with `data-value`.
+"""
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+
+import gradio as gr
+from PIL import Image
+
+from cli.program import is_of_the_user, words_of
+from page.answers import answers_html, refusal_html
+from page.desk import Asked, Desk
+from page.scene import EXAMPLES, FOLDER, Subject, example, new_scene, uploaded
+from pruning import METHODS
+
+MODEL = "model"             # the queue of everything that needs the model: one at a time
+MOST_SHOWN = 1024           # pixels of a side, of an image as the page shows it
+LEAST_SHOWN = 448
+FAULT = "a fault of this program: what happened is in the terminal where it was started"
+
+
+@dataclass
+class AskTab:
+    """What others wire to: `answered` is the event of an answer, after which `state` holds it."""
+    answered: gr.events.Dependency
+    method: gr.Dropdown
+    keep: gr.Slider
+
+
+def ask_tab(desk: Desk, state: gr.State) -> AskTab:
+    """Build the tab inside the current `gr.Tab`; `state` gets the Asked of each answer."""
+    first = example(0)
+    subject = gr.State(first)
+    with gr.Row():
+        with gr.Column(min_width=300):
+            image = gr.Image(shown(first.image), label=first.name, interactive=False, height=320,
+                             format="png", buttons=["fullscreen"], elem_id="image")
+            with gr.Row():
+                scene = gr.Button("New scene", elem_id="new-scene")
+                upload = gr.UploadButton("Upload an image", elem_id="upload", size="lg")
+            note = gr.HTML(elem_id="note")
+            gallery = gr.Gallery([(str(FOLDER / name), name) for name in EXAMPLES], label="Examples",
+                                 columns=6, height=120, allow_preview=False, object_fit="contain",
+                                 interactive=False, buttons=[], elem_id="examples")
+        with gr.Column(min_width=300):
+            kind = gr.Dropdown(list(first.questions), value=None, label="Kind of question", elem_id="kind",
+                               info="fills in a question of this kind")
+            question = gr.Textbox(first.first, label="Question", lines=1, max_lines=4, elem_id="question")
+            method = gr.Dropdown(list(METHODS), value="coreset", label="Pruning method", elem_id="method")
+            about = gr.Markdown(about_method("coreset"), elem_id="about")
+            keep = gr.Slider(2, 100, value=10, step=1, label="Image tokens kept, %", elem_id="keep")
+            with gr.Row():
+                button = gr.Button("Ask", variant="primary", elem_id="ask")
+                stop = gr.Button("Stop", elem_id="stop")
+    answers = gr.HTML(elem_id="answers")
+
+    begun = [subject, image, kind, question, note]
+    gallery.select(choose_example, None, begun, show_progress="hidden")
+    scene.click(lambda: begin(new_scene()), None, begun, show_progress="hidden")
+    upload.upload(upload_image, upload, begun, show_progress="minimal", show_progress_on=image)
+    kind.input(Subject.question, [subject, kind], question, show_progress="hidden")
+    method.change(about_method, method, about, show_progress="hidden")
+    answered = gr.on([button.click, question.submit], partial(answer, desk),
+                     [subject, question, method, keep, state], [state, answers],
+                     concurrency_limit=1, concurrency_id=MODEL, show_progress="minimal", api_name="ask")
+    stop.click(None, cancels=[answered])
+    return AskTab(answered, method, keep)
+
+
+def answer(desk: Desk, subject: Subject, question: str, method: str, percent: float,
+           before: Asked | None) -> Iterator[tuple]:
+    """The state and the answers, again and again while they grow. Whatever is wrong is said there."""
+    try:
+        with closing(desk.ask(subject.image, question, method, percent / 100, before=before)) as growing:
+            for asked in growing:
+                right = subject.right(asked.question)
+                yield (asked if asked.done else gr.skip()), answers_html(asked, right)
+    except Exception as error:
+        yield gr.skip(), refusal_html(said_of(error))
+
+
+def said_of(error: Exception) -> str:
+    """What the page says of an error; one that is a fault of ours is on stderr in full."""
+    if is_of_the_user(error):
+        return words_of(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return FAULT
+
+
+def choose_example(chosen: gr.SelectData) -> tuple:
+    return begin(example(chosen.index))
+
+
+def upload_image(path: str) -> tuple:
+    """A file of any kind: what is no image, or too large, leaves everything as it is."""
+    try:
+        return begin(uploaded(path))
+    except Exception as error:
+        return (*[gr.skip()] * 4, refusal_html(said_of(error)))
+
+
+def begin(subject: Subject) -> tuple:
+    """What the tab shows of another image: subject, image, kinds, question, note."""
+    return (subject, gr.Image(shown(subject.image), label=subject.name),
+            gr.Dropdown(list(subject.questions), value=None), subject.first, "")
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """The image in a size for the screen: a large one takes long to send, a small one is hard to see."""
+    longest = max(image.size)
+    scale = max(min(1, MOST_SHOWN / longest), min(LEAST_SHOWN / longest, 4))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
+
+
+def about_method(name: str) -> str:
+    """What a method does, in a line, and its paper."""
+    method = METHODS[name]
+    words = " ".join(method.__doc__.split("\n\n")[0].split())
+    first, dot, _ = words.partition(". ")
+    return f"{first}{'.' * bool(dot)}{f' *{method.paper}*' if method.paper else ''}"

@@ -1,0 +1,79 @@
+"""What a question can be about: one of the examples, a new scene, or an image that somebody uploads.
+
+    Subject: the image, and its questions by kind, with the right answers where they are known
+"""
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from scenes.draw import draw, make_scene
+from scenes.questions import KINDS, Question, ask
+from weights.image_file import open_image
+
+EXAMPLES = {                    # each with a question that the README asks
+    "shapes.png": "What is written on the circle?", "wide.png": "What does the sign say?",
+    "tall.png": "Where is the star?", "small.png": "Do you see a red star?",
+    "sign.png": "What colour is the square?", "letters.png": "What is written on the square?"}
+FOLDER = Path(__file__).parents[1] / "examples"
+OF_ANY_IMAGE = {                # a question of each kind where nobody knows what the image shows
+    "colour": "What colour is the square?", "shape": "Which shape is red?",
+    "character": "What is written on the square?", "count": "How many shapes are there?",
+    "exists": "Is there a sign?", "where": "Where is the square?",
+    "relation": "Which is further left, the square or the circle?", "sign": "What does the sign say?",
+    "describe": "Describe the picture."}
+TRIES = 20                      # of a kind; a scene may have no question of it
+SCENES = 1_000_000              # test scenes to draw from: none was trained on
+
+
+@dataclass
+class Subject:
+    """An RGB image, where it comes from, and what can be asked about it."""
+    image: Image.Image
+    name: str
+    questions: dict[str, list[Question]]        # by kind
+    first: str = ""                             # the question to begin with
+
+    def question(self, kind: str) -> str:
+        """One of a kind, another each time where there are several. Raises ValueError for a kind that is not
+        there."""
+        if kind not in self.questions:
+            raise ValueError(f"there is no question of kind {kind!r} about this image; choose one of "
+                             f"{', '.join(self.questions)}")
+        return random.choice(self.questions[kind]).text
+
+    def right(self, question: str) -> str | None:
+        """The right answer to one of the questions about a scene; None where nobody knows it."""
+        known = {asked.text: asked.answer for several in self.questions.values() for asked in several}
+        return known.get(question.strip()) or None
+
+
+def example(index: int) -> Subject:
+    """One of EXAMPLES, by its place there."""
+    name, first = list(EXAMPLES.items())[index]
+    return Subject(open_image(FOLDER / name), f"examples/{name}", of_any_image(), first)
+
+
+def uploaded(path: str) -> Subject:
+    """A file that somebody sent. Raises ValueError with one line that names it."""
+    name = Path(path).name
+    return Subject(open_image(path, name), name, of_any_image(), "")
+
+
+def of_any_image() -> dict[str, list[Question]]:
+    return {kind: [Question(kind, text, "")] for kind, text in OF_ANY_IMAGE.items()}
+
+
+def new_scene(index: int | None = None) -> Subject:
+    """A test scene, a random one without its number, and the questions about it, each with its answer."""
+    index = random.randrange(SCENES) if index is None else index
+    scene = make_scene("test", index)
+    rng = random.Random(f"page/{index}")
+    questions = {}
+    for kind in KINDS:
+        made = [asked for _ in range(TRIES) if (asked := ask(scene, rng, kind)) is not None]
+        if made:
+            questions[kind] = list(dict.fromkeys(made))
+    first = rng.choice([kind for kind in questions if kind != "describe"] or list(questions))
+    return Subject(draw(scene), f"scene {index} of the test split", questions, questions[first][0].text)
