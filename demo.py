@@ -28,8 +28,7 @@ if TYPE_CHECKING:
 HOST = "127.0.0.1"
 PORT = 7860
 MISSING = "the page needs gradio, which is not installed: pip install -e '.[demo]'"
-OFFLINE = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-EXAMPLES = ("python demo.py", "python demo.py --model meta-llama/Llama-3.2-11B-Vision-Instruct --port 8000")
+EXAMPLES = ("python demo.py", "python demo.py --quantize int8 --port 8000")
 TITLE = "trimmed-llama"
 HEAD = """# trimmed-llama
 Ask **{name}** about an image, and see what is left of the answer with fewer image tokens."""
@@ -48,7 +47,7 @@ def arguments() -> argparse.Namespace:
 
 def show(args: argparse.Namespace):
     """Serve the page until Ctrl-C."""
-    os.environ.update(OFFLINE)                  # before gradio is imported
+    stay_offline()
     try:
         import gradio  # noqa: F401
     except ImportError:
@@ -92,6 +91,13 @@ def page(desk: Desk) -> "gr.Blocks":
                 show, components = build(desk, state)
             tab.select(show, state, components, concurrency_limit=1, concurrency_id=MODEL)
     return made
+
+
+def stay_offline():
+    """Before gradio is imported: it asks nobody anything, and finds its own page past a proxy."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    for name in "NO_PROXY", "no_proxy":
+        os.environ[name] = ",".join(filter(None, [os.environ.get(name), HOST]))
 
 
 def free_port(port: int) -> int:

@@ -1,4 +1,5 @@
 """An Asked as HTML: both answers as they grow, what each took, and whether they differ."""
+import re
 from collections.abc import Callable
 from html import escape
 
@@ -8,16 +9,21 @@ from page.desk import Asked, Said
 
 STYLE = """
 .answers { width: 100%; border-collapse: collapse; font-size: 1rem; table-layout: fixed; }
-.answers th, .answers td { padding: .3rem .6rem; text-align: left; vertical-align: top;
-    border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.answers thead th { font-weight: 600; }
-.answers tbody th { font-weight: 400; color: var(--body-text-color-subdued); }
-.answers .said td { font-size: 1.35rem; min-height: 2rem; }
-.answers .first { width: 28%; }
+.answers caption { padding: .3rem .6rem; text-align: left; font-weight: 600; overflow-wrap: anywhere; }
+.answers, .answers * { border: none !important; }
+.answers :is(td, th) { padding: .3rem .6rem !important; text-align: left; vertical-align: top;
+    overflow-wrap: anywhere; }
+.answers tr { border-bottom: 1px solid var(--border-color-primary) !important; }
+.answers tbody th { font-weight: 400 !important; }
+.answers .said td { font-size: 1.35rem; line-height: 1.5; min-height: 2rem; }
+.answers .first { width: 24%; }
 .verdict { padding: .5rem .6rem; font-weight: 600; }
-.doing { padding: .3rem .6rem; color: var(--body-text-color-subdued); min-height: 1.4rem; }
-.refused { padding: .6rem; border-left: 4px solid var(--error-border-color, #c00);
-    background: var(--block-background-fill); overflow-wrap: anywhere; }
+.doing { padding: .3rem .6rem; min-height: 1.4rem; }
+#examples .grid-container { grid-template-columns: repeat(6, 1fr) !important; }
+#examples .caption-label { display: none; }
+#examples .thumbnail-item { min-width: 0; height: 80px; }
+.refused { padding: .6rem; border-left: 4px solid #d33; background: var(--block-background-fill);
+    overflow-wrap: anywhere; }
 """
 
 
@@ -30,9 +36,10 @@ def answers_html(asked: Asked, right: str | None = None) -> str:
     heads = "".join(f'<th scope="col">{escape(text)}</th>' for text in heads_of(asked))
     said = "".join(f'<td id="{side}-answer">{answer_html(one)}</td>' for side, one in sides.items())
     lines = "".join(line_html(*line, sides) for line in LINES)
-    return (f'<table class="answers"><thead><tr><th class="first" scope="col">{escape(asked.question)}</th>'
-            f'{heads}</tr></thead><tbody><tr class="said"><th scope="row">answer</th>{said}</tr>{lines}'
-            f'</tbody></table>{verdict_html(asked, right)}'
+    return (f'<table class="answers"><caption>{escape(asked.question)}</caption>'
+            f'<thead><tr><th class="first"></th>{heads}</tr></thead>'
+            f'<tbody><tr class="said"><th scope="row">answer</th>{said}</tr>{lines}</tbody></table>'
+            f'{verdict_html(asked, right)}'
             f'<p class="doing" id="doing" role="status">{escape(asked.doing)}</p>')
 
 
@@ -107,6 +114,11 @@ def judged(asked: Asked, right: str) -> str:
     if not full and not pruned:
         return f"{'Neither is' if asked.differ else 'It is not'} right: {right}."
     return f"Right is {right}: only the answer with {'all' if full else 'fewer'} image tokens."
+
+
+def stopped(html: str | None) -> str:
+    """The answers as they stood when somebody stopped them."""
+    return re.sub(r'(<p class="doing"[^>]*>)[^<]+', r"\1stopped", html or "")
 
 
 def refusal_html(words: str) -> str:

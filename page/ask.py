@@ -18,7 +18,7 @@ import gradio as gr
 from PIL import Image
 
 from cli.program import is_of_the_user, words_of
-from page.answers import answers_html, refusal_html
+from page.answers import answers_html, refusal_html, stopped
 from page.desk import Asked, Desk
 from page.scene import EXAMPLES, FOLDER, Subject, example, new_scene, uploaded
 from pruning import METHODS
@@ -48,9 +48,9 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
             with gr.Row():
                 scene = gr.Button("New scene", elem_id="new-scene")
                 upload = gr.UploadButton("Upload an image", elem_id="upload", size="lg")
-            note = gr.HTML(elem_id="note")
-            gallery = gr.Gallery([(str(FOLDER / name), name) for name in EXAMPLES], label="Examples",
-                                 columns=6, height=120, allow_preview=False, object_fit="contain",
+            note = gr.HTML(elem_id="note", visible=False)
+            gallery = gr.Gallery([(str(FOLDER / name), name) for name in EXAMPLES], show_label=False,
+                                 columns=6, height=100, allow_preview=False, object_fit="contain",
                                  interactive=False, buttons=[], elem_id="examples")
         with gr.Column(min_width=300):
             kind = gr.Dropdown(list(first.questions), value=None, label="Kind of question", elem_id="kind",
@@ -62,9 +62,9 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
             with gr.Row():
                 button = gr.Button("Ask", variant="primary", elem_id="ask")
                 stop = gr.Button("Stop", elem_id="stop")
-    answers = gr.HTML(elem_id="answers")
+    answers = gr.HTML(min_height=90, elem_id="answers")
 
-    begun = [subject, image, kind, question, note]
+    begun = [subject, image, kind, question, note, answers]
     gallery.select(choose_example, None, begun, show_progress="hidden")
     scene.click(lambda: begin(new_scene()), None, begun, show_progress="hidden")
     upload.upload(upload_image, upload, begun, show_progress="minimal", show_progress_on=image)
@@ -73,7 +73,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     answered = gr.on([button.click, question.submit], partial(answer, desk),
                      [subject, question, method, keep, state], [state, answers],
                      concurrency_limit=1, concurrency_id=MODEL, show_progress="minimal", api_name="ask")
-    stop.click(None, cancels=[answered])
+    stop.click(stopped, answers, answers, cancels=[answered], show_progress="hidden")
     return AskTab(answered, method, keep)
 
 
@@ -106,13 +106,13 @@ def upload_image(path: str) -> tuple:
     try:
         return begin(uploaded(path))
     except Exception as error:
-        return (*[gr.skip()] * 4, refusal_html(said_of(error)))
+        return *[gr.skip()] * 4, gr.HTML(refusal_html(said_of(error)), visible=True), gr.skip()
 
 
 def begin(subject: Subject) -> tuple:
-    """What the tab shows of another image: subject, image, kinds, question, note."""
+    """What the tab shows of another image: subject, image, kinds, question, no note, and no answers."""
     return (subject, gr.Image(shown(subject.image), label=subject.name),
-            gr.Dropdown(list(subject.questions), value=None), subject.first, "")
+            gr.Dropdown(list(subject.questions), value=None), subject.first, gr.HTML("", visible=False), "")
 
 
 def shown(image: Image.Image) -> Image.Image:
@@ -128,4 +128,5 @@ def about_method(name: str) -> str:
     method = METHODS[name]
     words = " ".join(method.__doc__.split("\n\n")[0].split())
     first, dot, _ = words.partition(". ")
-    return f"{first}{'.' * bool(dot)}{f' *{method.paper}*' if method.paper else ''}"
+    unit = f" Keep is a share {method.unit}." if method.unit else ""
+    return f"{first}{'.' * bool(dot)}{unit}{f' *{method.paper}*' if method.paper else ''}"
