@@ -60,6 +60,10 @@ class Looks:
         weights = torch.stack([self._spread(token, i)[0] for i in self._chosen(layer)]).mean(0)     # [H, N]
         return weights.mean(0) if head is None else weights[head]
 
+    def of_word(self, tokens: list[int], layer: int | None = None, head: int | None = None) -> Tensor:
+        """The mean attention of several tokens, those of a word, [N]."""
+        return torch.stack([self.attention(token, layer, head) for token in tokens]).mean(0)
+
     def there(self, token: int, layer: int | None = None, head: int | None = None) -> Tensor:
         """The share of these layers and heads in which each encoded token could be looked at, [N]."""
         shares = torch.stack([self._spread(token, i)[1] for i in self._chosen(layer)]).float().mean(0)

@@ -14,10 +14,12 @@ from cli.options import Parser, add_model_options
 from evaluation import compare
 from evaluation.lmms import compare as lmms_compare
 from evaluation.lmms import cost, loopback_judge, table
+from page import pointing
 
 ALL = {**PROGRAMS, "compare": compare, "train": scenes.train, "train_guide": scenes.train_guide,
        "train_quecc": scenes.train_quecc, "train_attention_predictor": scenes.train_attention_predictor,
-       "lmms_compare": lmms_compare, "lmms_cost": cost, "lmms_judge": loopback_judge, "lmms_table": table}
+       "lmms_compare": lmms_compare, "lmms_cost": cost, "lmms_judge": loopback_judge, "lmms_table": table,
+       "pointing": pointing}
 HELP = {"--help", "--help-all"}
 every_program = pytest.mark.parametrize("name", ALL)
 
