@@ -176,8 +176,9 @@ class Projections(nn.Module):
 
 class SelfAttention(Projections):
     def project(self, x: Tensor, angles: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        q = rotate(split_heads(self.q_proj(x), self.heads), angles)
-        k = rotate(split_heads(self.k_proj(x), self.kv_heads), angles)
+        q_and_k = torch.cat((self.q_proj(x), self.k_proj(x)), dim=-1)
+        q_and_k = rotate(split_heads(q_and_k, self.heads + self.kv_heads), angles)
+        q, k = q_and_k.split((self.heads, self.kv_heads), dim=1)
         return q, k, split_heads(self.v_proj(x), self.kv_heads)
 
 

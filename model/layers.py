@@ -60,9 +60,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y = x.float()
-        y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * y.to(x.dtype)
+        return self.weight * F.rms_norm(x, self.weight.shape, eps=self.eps)
 
 
 class SwiGLU(nn.Module):
@@ -94,13 +92,13 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin of every position and frequency: [B, T] and [d/2] -> two of [B, 1, T, d/2], fp32."""
+    """cos and signed sin for `rotate`: positions [B, T] and frequencies [d/2] -> two of [B, 1, T, d], fp32."""
     angles = positions[:, None, :, None] * frequencies
-    return angles.cos(), angles.sin()
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
     """Turn channel i together with channel i + d/2; multiplied in fp32 as Meta does, then cast back."""
     cos, sin = angles
-    a, b = x.float().chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x.dtype)
+    return (x * cos + x.roll(x.shape[-1] // 2, -1) * sin).to(x.dtype)

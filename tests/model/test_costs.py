@@ -6,6 +6,7 @@ import torch
 from helpers import random_tiles
 from small_model import CONFIG, IMAGE, SELF, TOKENS, every_ratio
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.cache import BUCKET, rounded_up
@@ -43,6 +44,24 @@ def test_flops_of_an_answer(network, grids):
     decoding = counted(lambda: [network.decode(torch.tensor([5]), cache) for _ in range(steps - 1)])
     beyond = sum(BUCKET - held for held in range(prompt + 1, prompt + steps))       # slots that are masked
     assert decoding == flops["decode"] + SELF * 4 * CONFIG.text.hidden_size * beyond
+
+
+class Started(TorchDispatchMode):
+    """Counts the operations that PyTorch is asked for, but for views."""
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += not function.is_view
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_decoded_token_takes_few_operations(network):
+    """On a GPU they end sooner than a processor starts them: their number is what a token takes."""
+    with torch.inference_mode():
+        cache = network.prefill(torch.tensor([[5, 6]]), [2], None, 1)[1]
+        with Started() as started:
+            network.decode(torch.tensor([5]), cache)
+    assert SELF * 20 < started.count <= SELF * 28 + 12
 
 
 @pytest.mark.parametrize("kept", [1, 7])
