@@ -229,7 +229,8 @@ def summary(files: dict[str, dict]) -> Table:
                 found = ratios.setdefault((row["component"], row["tiles"]), {})
                 found[row["ours"], row["peer"]] = row["ratio"]
         if ratios:
-            line = [title(made).rpartition(",")[0]]
+            gpu = made["machine"].get("gpu")
+            line = [title(made).rpartition(",")[0] + ("" if gpu is None else f", {gpu}")]
             for name, part in SUMMARY.items():
                 ratio = best(ratios.get(part), own=name.endswith("best"))
                 line.append(dash(ratio, "{:.2f}".format))

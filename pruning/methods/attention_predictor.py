@@ -4,7 +4,7 @@
 
 Yang et al., "AttentionPredictor", NeurIPS 2025, arXiv 2502.04077. Nothing is dropped: reading is saved, not
 memory. Ours: blocks inside tiles, class tokens always read, one set for each key/value head, and a network
-trained on the bundled checkpoint. `offload` has not been run on a GPU.
+trained on the bundled checkpoint. What `offload` gains on a GPU has not been measured.
 See docs/PAPERS.md.
 """
 import math
