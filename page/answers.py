@@ -19,7 +19,7 @@ STYLE = """
 .answers .first { width: 24%; }
 .verdict { padding: .5rem .6rem; font-weight: 600; }
 .doing { padding: .3rem .6rem; min-height: 1.4rem; }
-#examples .grid-container { grid-template-columns: repeat(6, 1fr) !important; }
+#examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 #examples .caption-label { display: none; }
 #examples .thumbnail-item { min-width: 0; height: 80px; }
 .refused { padding: .6rem; border-left: 4px solid #d33; background: var(--block-background-fill);

@@ -54,7 +54,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
                                  interactive=False, buttons=[], elem_id="examples")
         with gr.Column(min_width=300):
             kind = gr.Dropdown(list(first.questions), value=None, label="Kind of question", elem_id="kind",
-                               info="fills in a question of this kind")
+                               info="fills in a question of this kind", interactive=True)
             question = gr.Textbox(first.first, label="Question", lines=1, max_lines=4, elem_id="question")
             method = gr.Dropdown(list(METHODS), value="coreset", label="Pruning method", elem_id="method")
             about = gr.Markdown(about_method("coreset"), elem_id="about")
@@ -68,7 +68,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     gallery.select(choose_example, None, begun, show_progress="hidden")
     scene.click(lambda: begin(new_scene()), None, begun, show_progress="hidden")
     upload.upload(upload_image, upload, begun, show_progress="minimal", show_progress_on=image)
-    kind.input(Subject.question, [subject, kind], question, show_progress="hidden")
+    kind.select(another_question, subject, question, show_progress="hidden")
     method.change(about_method, method, about, show_progress="hidden")
     answered = gr.on([button.click, question.submit], partial(answer, desk),
                      [subject, question, method, keep, state], [state, answers],
@@ -99,6 +99,11 @@ def said_of(error: Exception) -> str:
 
 def choose_example(chosen: gr.SelectData) -> tuple:
     return begin(example(chosen.index))
+
+
+def another_question(subject: Subject, chosen: gr.SelectData) -> str:
+    """Of the kind that was chosen: another each time, where there are several."""
+    return subject.question(chosen.value)
 
 
 def upload_image(path: str) -> tuple:

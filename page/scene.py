@@ -12,10 +12,13 @@ from scenes.draw import draw, make_scene
 from scenes.questions import KINDS, Question, ask
 from weights.image_file import open_image
 
-EXAMPLES = {                    # each with a question that the README asks
-    "shapes.png": "What is written on the circle?", "wide.png": "What does the sign say?",
-    "tall.png": "Where is the star?", "small.png": "Do you see a red star?",
-    "sign.png": "What colour is the square?", "letters.png": "What is written on the square?"}
+EXAMPLES = {                    # each with a question that the README asks, and its right answer
+    "shapes.png": Question("character", "What is written on the circle?", "Y"),
+    "wide.png": Question("sign", "What does the sign say?", "111"),
+    "tall.png": Question("where", "Where is the star?", "bottom"),
+    "small.png": Question("exists", "Do you see a red star?", "yes"),
+    "sign.png": Question("colour", "What colour is the square?", "yellow"),
+    "letters.png": Question("character", "What is written on the square?", "P")}
 FOLDER = Path(__file__).parents[1] / "examples"
 OF_ANY_IMAGE = {                # a question of each kind where nobody knows what the image shows
     "colour": "What colour is the square?", "shape": "Which shape is red?",
@@ -44,7 +47,7 @@ class Subject:
         return random.choice(self.questions[kind]).text
 
     def right(self, question: str) -> str | None:
-        """The right answer to one of the questions about a scene; None where nobody knows it."""
+        """The right answer to one of these questions; None where nobody knows it."""
         known = {asked.text: asked.answer for several in self.questions.values() for asked in several}
         return known.get(question.strip()) or None
 
@@ -52,7 +55,8 @@ class Subject:
 def example(index: int) -> Subject:
     """One of EXAMPLES, by its place there."""
     name, first = list(EXAMPLES.items())[index]
-    return Subject(open_image(FOLDER / name), f"examples/{name}", of_any_image(), first)
+    questions = {**of_any_image(), first.kind: [first]}
+    return Subject(open_image(FOLDER / name), f"examples/{name}", questions, first.text)
 
 
 def uploaded(path: str) -> Subject:

@@ -13,6 +13,8 @@ from pruning import METHODS
 from scenes.draw import make_scene, split_of
 from scenes.questions import KINDS
 
+README = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+
 # ----- subjects
 
 
@@ -20,8 +22,11 @@ def test_all_examples_are_there_each_with_its_question():
     for index, (name, question) in enumerate(EXAMPLES.items()):
         subject = example(index)
         assert subject.image.mode == "RGB"
-        assert (subject.name, subject.first) == (f"examples/{name}", question)
-        assert [*subject.questions] == [*KINDS] and subject.right(question) is None
+        assert (subject.name, subject.first) == (f"examples/{name}", question.text)
+        assert {*subject.questions} == {*KINDS} and subject.right(question.text) == question.answer != ""
+        assert {subject.right(text) for text in OF_ANY_IMAGE.values()} <= {None, question.answer}
+        row = f"| [examples/{name}](examples/{name}) | {question.text} | {question.answer} |"
+        assert row in README
     assert [*OF_ANY_IMAGE] == [*KINDS]
 
 

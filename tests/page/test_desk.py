@@ -12,6 +12,7 @@ from cli.ask import arguments, ask
 from evaluation.exam import make_exam
 from model.layers import untracked
 from page.desk import Asked, Desk, Left, follow
+from pruning import METHODS as EVERY_METHOD
 from pruning.pruner import Wrapper
 from pruning.recorder import Recorder
 from scenes.draw import draw
@@ -78,6 +79,19 @@ def test_figures_are_those_of_the_command_line(desk, exam, printed, method, keep
             assert said.text == expected["answer"]
             assert [word.token for word in said.words] == expected["token_ids"]
             assert said.figures["ms"].keys() == expected["ms"].keys()
+
+
+@pytest.mark.parametrize("method", EVERY_METHOD)
+def test_every_method_can_be_asked(desk, exam, method):
+    """At both ends of the slider; watched, too."""
+    image = open_image(exam[0][0])
+    for keep in 0.02, 1.0:
+        asked = last(desk.ask(image, exam[0][1], method, keep))
+        kept, full = (said.figures["image_tokens"]["kept"] for said in (asked.pruned, asked.full))
+        assert kept <= full == 50
+        if keep == 1.0:
+            assert asked.pruned.text == asked.full.text
+        desk.again(asked, Recorder, pruned=True)
 
 
 def test_an_answer_grows_and_ends(desk, exam):
