@@ -1,0 +1,172 @@
+"""The page in a browser, as a visitor meets it: answers, odd input, several people at once."""
+import re
+import signal
+
+import pytest
+from PIL import Image
+from playwright.sync_api import expect
+from served import HERE, SECONDS, serve
+from visitor import WATCH, Visitor
+
+from page.scene import EXAMPLES
+from weights.image_source import MOST_FETCHED
+
+LONG = "Describe the picture."
+
+
+@pytest.fixture
+def visitor(visit) -> Visitor:
+    return Visitor(visit())
+
+
+# ----- the program
+
+
+def test_the_page_answers_in_under_ten_seconds_and_ctrl_c_ends_it(served, tmp_path):
+    """The better of two starts: at the first one, Python may still have to compile what it imports."""
+    with serve(tmp_path) as another:
+        assert min(served.seconds, another.seconds) < SECONDS
+        assert another.process.stdout.readline() == f"the page is at {another.url} (Ctrl-C ends it)\n"
+        assert another.interrupt() == (128 + signal.SIGINT, "")
+    assert another.hosts() <= {HERE}
+
+
+def test_what_is_asked_of_other_machines_is_noticed(browser, served):
+    """The counters count: requests of a page, and connections of the program."""
+    page = browser.open(served.url)
+    for address in "http://trimmed-llama.example/one", "https://trimmed-llama.example/two":
+        page.evaluate("address => fetch(address).catch(() => null)", address)
+    page.context.close()
+    assert [line.split()[1] for line in browser.elsewhere.asked] == [
+        "http://trimmed-llama.example/one", "trimmed-llama.example:443"]
+    assert len(browser.faults) == 2
+    browser.forget()
+
+
+# ----- an answer
+
+
+def test_the_answer_streams(visitor):
+    visitor.page.evaluate(WATCH, "pruned-answer")
+    full, pruned = visitor.ask(LONG)
+    seen = visitor.page.evaluate("window.seen")
+    assert full == ("a black star, a pink circle with Y, a brown ring and an orange cross, and a sign that "
+                    "says 689")
+    assert len(seen) > 3 and seen[-1] == pruned
+    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+
+
+def test_the_slider_says_how_many_tokens_are_kept(visitor):
+    for percent in 100, 50, 2:
+        visitor.slide(percent)
+        visitor.ask()
+        assert visitor.number("full-image_tokens-kept") == 200
+        assert visitor.number("pruned-image_tokens-kept") == 2 * percent
+
+
+def test_another_method_answers(visitor):
+    before = visitor.text("about")
+    visitor.choose("method", "random")
+    expect(visitor.page.locator("#about")).not_to_have_text(before)
+    visitor.ask()
+    assert "random, keep 0.1" in visitor.text("answers")
+
+
+def test_every_example_has_its_question_and_answer(visitor):
+    answers = []
+    for name, question in EXAMPLES.items():
+        visitor.page.locator("#examples button").nth([*EXAMPLES].index(name)).click()
+        expect(visitor.page.locator("#image label")).to_have_text(f"examples/{name}")
+        expect(visitor.page.locator("#question textarea")).to_have_value(question)
+        answers.append(visitor.ask()[0])
+    assert answers == ["Y", "111", "bottom", "yes", "yellow", "P"]         # as README.md has them
+
+
+def test_a_new_scene_brings_its_questions_and_knows_the_right_answer(visitor):
+    visitor.page.locator("#new-scene").click()
+    expect(visitor.page.locator("#image label")).to_contain_text("of the test split")
+    first = visitor.question()
+    visitor.choose("kind", "exists")
+    expect(visitor.page.locator("#question textarea")).not_to_have_value(first)
+    visitor.ask()
+    assert re.search("[Rr]ight", visitor.text("verdict"))
+
+
+# ----- odd input
+
+
+def test_an_upload_is_asked_about(visitor, tmp_path):
+    path = tmp_path / "mine.jpg"
+    Image.new("RGB", (300, 100), "red").save(path)
+    visitor.upload(path)
+    expect(visitor.page.locator("#image label")).to_have_text("mine.jpg")
+    visitor.ask("What colour is the square?")
+
+
+@pytest.mark.parametrize(("name", "words"), [
+    ("notes.txt", "notes.txt: not an image in a format that is read here"),
+    ("huge.png", "huge.png: over 178956970 pixels; make it smaller first")])
+def test_what_is_no_image_or_has_too_many_pixels_is_refused(visitor, tmp_path, name, words):
+    path = tmp_path / name
+    if name == "huge.png":
+        Image.new("1", (20_000, 10_000)).save(path)
+    else:
+        path.write_text("no image", encoding="utf-8")
+    visitor.upload(path)
+    assert visitor.refusal().startswith(words)
+    assert visitor.image() == "examples/shapes.png"
+    assert visitor.ask("What is written on the circle?")[0] == "Y"
+
+
+def test_a_file_of_too_many_bytes_is_refused(visitor, tmp_path):
+    path = tmp_path / "large.png"
+    path.write_bytes(bytes(MOST_FETCHED + 1))
+    visitor.upload(path)
+    expect(visitor.page.get_by_text("exceed the maximum allowed size of 64").first).to_be_visible()
+    assert visitor.ask("What is written on the circle?")[0] == "Y"
+
+
+@pytest.mark.parametrize(("question", "words"), [
+    ("  ", "the question is empty: type one, or choose one of the kinds")])
+def test_a_question_that_cannot_be_asked_is_refused(visitor, question, words):
+    visitor.start(question)
+    assert visitor.refusal() == words
+    assert visitor.ask("What is written on the circle?")[0] == "Y"
+
+
+# ----- several people
+
+
+@pytest.mark.parametrize("leave", ["reload", "close"])
+def test_who_leaves_in_the_middle_of_an_answer_leaves_the_model_to_others(visit, browser, leave):
+    page = visit()
+    gone, other = Visitor(page), Visitor(visit())
+    gone.start(LONG)
+    page.locator("#full-answer:not(:empty)").wait_for()
+    assert page.locator("#verdict").count() == 0
+    getattr(page, leave)()
+    browser.forget()                                    # a page that is left says that its answer broke off
+    assert other.ask() == ("Y", "Y")
+    if leave == "reload":
+        assert Visitor(page).ask() == ("Y", "Y")
+
+
+def test_stop_ends_an_answer_and_the_next_one_comes(visitor):
+    visitor.start(LONG)
+    visitor.page.locator("#full-answer:not(:empty)").wait_for()
+    visitor.page.locator("#stop").click()
+    assert visitor.ask("What is written on the circle?") == ("Y", "Y")
+
+
+def test_two_people_at_once_get_their_own_answers(visit):
+    people = [Visitor(visit()) for _ in range(2)]
+    wanted = [("tall.png", 2, "bottom"), ("letters.png", 5, "P")]
+    for person, (name, place, _) in zip(people, wanted, strict=True):
+        person.page.locator("#examples button").nth(place).click()
+        expect(person.page.locator("#image label")).to_have_text(f"examples/{name}")
+    for _ in range(3):
+        for person in people:
+            person.start()
+        for person, (_, _, answer) in zip(people, wanted, strict=True):
+            person.page.locator("#verdict:not([data-old])").wait_for()
+            assert person.text("full-answer") == answer

@@ -1,0 +1,68 @@
+"""What a visitor of the page does, and what the page then shows, for tests in a browser."""
+from pathlib import Path
+
+from playwright.sync_api import Page
+
+# Every text that an element has had, from now on, in window.seen.
+WATCH = """id => {
+    window.seen = [];
+    new MutationObserver(() => {
+        const text = document.getElementById(id)?.innerText ?? "";
+        if (text && window.seen.at(-1) !== text) window.seen.push(text);
+    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+}"""
+MARK = "selector => document.querySelectorAll(selector).forEach(old => old.setAttribute('data-old', ''))"
+
+
+class Visitor:
+    """One who has opened the page."""
+
+    def __init__(self, page: Page):
+        self.page = page
+        page.locator("#question textarea").wait_for()
+
+    # ----- the Ask tab
+
+    def tab(self, name: str):
+        self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def choose(self, element: str, option: str):
+        """An option of a dropdown."""
+        self.page.locator(f"#{element} input").click()
+        self.page.get_by_role("option", name=option, exact=True).click()
+
+    def slide(self, percent: int):
+        self.page.locator("#keep input[type=range]").fill(str(percent))
+
+    def upload(self, path: Path):
+        self.page.locator("#upload").locator("xpath=..").locator("input[type=file]").set_input_files(path)
+
+    def start(self, question: str | None = None):
+        """Ask, and return at once."""
+        if question is not None:
+            self.page.locator("#question textarea").fill(question)
+        self.page.evaluate(MARK, "#verdict, #refused")
+        self.page.locator("#ask").click()
+
+    def ask(self, question: str | None = None) -> tuple[str, str]:
+        """The answer with all image tokens, and the one with fewer."""
+        self.start(question)
+        self.page.locator("#verdict:not([data-old])").wait_for()
+        return self.text("full-answer"), self.text("pruned-answer")
+
+    def refusal(self) -> str:
+        return self.page.locator("#refused:not([data-old])").inner_text()
+
+    def text(self, element: str) -> str:
+        return self.page.locator(f"#{element}").inner_text()
+
+    def question(self) -> str:
+        return self.page.locator("#question textarea").input_value()
+
+    def number(self, element: str) -> float:
+        """A figure of the answer as the page has it, not as it is written."""
+        return float(self.page.locator(f"#{element}").get_attribute("data-value"))
+
+    def image(self) -> str:
+        """What the image says of itself."""
+        return self.page.locator("#image label").inner_text()
