@@ -92,7 +92,7 @@ def rotary_frequencies(config: TextConfig, device: torch.device) -> Tensor:
 
 
 def rotary_angles(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and signed sin for `rotate`: positions [B, T] and frequencies [d/2] -> two of [B, 1, T, d], fp32."""
+    """cos and signed sin for `rotate`: positions [B, T], frequencies [d/2] -> two of [B, 1, T, d], fp32."""
     angles = positions[:, None, :, None] * frequencies
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
