@@ -81,7 +81,7 @@ def answer(desk: Desk, subject: Subject, question: str, method: str, percent: fl
            before: Asked | None) -> Iterator[tuple]:
     """The state and the answers, again and again while they grow. Whatever is wrong is said there."""
     try:
-        with closing(desk.ask(subject.image, question, method, percent / 100, before=before)) as growing:
+        with closing(desk.ask(subject.image, question, method, round(percent / 100, 4), before=before)) as growing:
             for asked in growing:
                 right = subject.right(asked.question)
                 yield (asked if asked.done else gr.skip()), answers_html(asked, right)
