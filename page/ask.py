@@ -81,7 +81,8 @@ def answer(desk: Desk, subject: Subject, question: str, method: str, percent: fl
            before: Asked | None) -> Iterator[tuple]:
     """The state and the answers, again and again while they grow. Whatever is wrong is said there."""
     try:
-        with closing(desk.ask(subject.image, question, method, round(percent / 100, 4), before=before)) as growing:
+        keep = round(percent / 100, 4)
+        with closing(desk.ask(subject.image, question, method, keep, before=before)) as growing:
             for asked in growing:
                 right = subject.right(asked.question)
                 yield (asked if asked.done else gr.skip()), answers_html(asked, right)
