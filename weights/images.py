@@ -32,10 +32,15 @@ def choose_canvas(height: int, width: int, tile: int, ratios: tuple[Grid, ...]) 
     If all grids shrink it, the one that shrinks it least. Of grids that scale it equally, the one with the
     fewest tiles; of those, the first.
     """
-    scales = {(rows, columns): min(rows * tile / height, columns * tile / width) for rows, columns in ratios}
+    scales = canvas_scales(height, width, tile, ratios)
     enlarging = [scale for scale in scales.values() if scale >= 1]
     best = min(enlarging) if enlarging else max(scales.values())
     return min((grid for grid in ratios if scales[grid] == best), key=math.prod)
+
+
+def canvas_scales(height: int, width: int, tile: int, ratios: tuple[Grid, ...]) -> dict[Grid, float]:
+    """How many times as large an image of this size in pixels would be if it filled each grid of tiles."""
+    return {(rows, columns): min(rows * tile / height, columns * tile / width) for rows, columns in ratios}
 
 
 def fit(height: int, width: int, grid: Grid, tile: int) -> tuple[int, int]:
