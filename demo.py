@@ -78,8 +78,9 @@ def page(desk: Desk) -> "gr.Blocks":
     import gradio as gr  # here and in the modules of the tabs, because only this program needs it
 
     from page.ask import MODEL, ask_tab
+    from page.learn import learn_tab
 
-    others = {}                                 # name: builder
+    others = {"Learn": learn_tab}               # name: builder
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as made:
         gr.Markdown(HEAD.format(name=desk.name))
