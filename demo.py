@@ -78,6 +78,7 @@ def page(desk: Desk) -> "gr.Blocks":
     import gradio as gr  # here and in the modules of the tabs, because only this program needs it
 
     from page.ask import MODEL, ask_tab
+    from page.curve import curve_tab
     from page.learn import learn_tab
 
     others = {"Learn": learn_tab}               # name: builder
@@ -91,6 +92,8 @@ def page(desk: Desk) -> "gr.Blocks":
             with gr.Tab(name, id=name.lower()) as tab:
                 show, components = build(desk, state)
             tab.select(show, state, components, concurrency_limit=1, concurrency_id=MODEL)
+        with gr.Tab("Curve", id="curve"):
+            curve_tab()
     return made
 
 
