@@ -97,7 +97,7 @@ def test_another_model_reads_the_same_shares():
     whole, large = (everything(shape_of(config, torch.bfloat16), (1, 2)) for config in (TINY, ELEVEN))
     other = like(replace(PRUNED, cached=(20, 10, 30)), whole, large)
     assert other.projected == other.attended == (3202,) + (320,) * 7
-    assert other.cached == (640,) + (640,) * 7              # a fifth in the first layer, and in the mean later
+    assert other.cached == (640,) + (640,) * 7          # a fifth in the first layer, and in the mean later
     assert like(PRUNED, whole, whole) == PRUNED
 
 
