@@ -9,7 +9,6 @@ Elements that tests and styles may rely on (`elem_id`): curve-setting, curve-met
 curve-plot, curve-table.
 """
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 from cli.terminal import size
@@ -22,6 +21,7 @@ DASHES = [1, 0], [6, 3], [6, 2, 2, 2], [2, 2], [8, 2, 2, 2, 2, 2]
 PALETTE = (*COLOURS[:-1], "#8f8f8f")            # without black, which a dark page would hide
 INK = "#80858d"                     # of axes and words: can be read on white and on black
 STYLE = "<style>#curve-plot .vega-embed {width: 100%}</style>"     # the drawing is as wide as there is room
+BUNDLED = "tiny", "guide", "seed1"
 HEAD = ["method", "keep", "kept, %", "accuracy, %", "95 % interval", "questions", "image KV, all kinds"]
 
 
@@ -116,9 +116,11 @@ def note(results: Results, paths: list[Path]) -> str:
     settings = results.settings
     blurred = f", images blurred by {settings['blur']:g} pixels" if settings.get("blur") else ""
     names = ", ".join(f"`evaluation/results/{path.name}`" for path in paths)
+    bundled = ""
+    if settings["model"].removeprefix("weights/") in BUNDLED:
+        bundled = " This checkpoint knows drawn shapes: none of these figures is of the official weights."
     return (f"`{settings['model']}`, {settings['questions']:,} questions about "
-            f"{settings.get('split', 'test')} scenes{blurred}: {names}. A bundled checkpoint that knows "
-            "drawn shapes: none of these figures is of the official weights.")
+            f"{settings.get('split', 'test')} scenes{blurred}: {names}.{bundled}")
 
 
 # ----- the tab
@@ -139,31 +141,33 @@ def curve_tab():
     rows = gr.Dataframe(headers=HEAD, interactive=False, show_label=False, elem_id="curve-table")
     gr.HTML(STYLE, padding=False)
     gr.on(None, choose, setting, [methods, kinds, words, plot, rows])       # also when the page is opened
-    gr.on([methods.input, kinds.input], show, [setting, methods, kinds], [plot, rows])
+    gr.on([methods.input, kinds.input], show, [setting, methods, kinds], [plot, rows],
+          trigger_mode="always_last")           # who clicks fast waits for the last click only
 
 
 def choose(setting: str) -> tuple:
     """Another setting: its methods, kinds and note, and the first methods drawn."""
     import gradio as gr
     paths = files()[setting]
-    results = refused(read, *paths)
-    first = results.methods[:FIRST]
+    try:
+        results = read(*paths)
+    except ValueError as error:
+        gr.Warning(str(error), title="No curve")
+        return gr.Dropdown([], value=[]), gr.CheckboxGroup([], value=[]), "", None, []
+    without_variants = [label for label in results.methods if " " not in label]
+    first = (without_variants or results.methods)[:FIRST]
     return (gr.Dropdown(results.methods, value=first), gr.CheckboxGroup(results.asked, value=results.asked),
             note(results, paths), *show(setting, first, results.asked))
 
 
 def show(setting: str, methods: list[str], kinds: list[str]) -> tuple:
-    """Chart and table of what is chosen."""
-    from gradio.components.plot import PlotData
-    results = refused(read, *files()[setting])
-    found = refused(results.points, methods, kinds)
-    return PlotData(type="altair", plot=json.dumps(chart(found, results.methods))), table(found)
-
-
-def refused(function: Callable, *arguments):
-    """What a function returns; what it refuses is shown on the page in its own words."""
+    """Chart and table of what is chosen; nothing, and words why, where nothing can be drawn of it."""
     import gradio as gr
+    from gradio.components.plot import PlotData
     try:
-        return function(*arguments)
+        results = read(*files()[setting])
+        found = results.points(methods, kinds)
     except ValueError as error:
-        raise gr.Error(str(error), title="no curve", print_exception=False) from None
+        gr.Warning(str(error), title="No curve")
+        return None, []
+    return PlotData(type="altair", plot=json.dumps(chart(found, results.methods))), table(found)

@@ -27,6 +27,8 @@ LEFT, RIGHT = 6, 190                    # where the boxes of the image begin, an
 UNITS = "", "k", "M", "G", "T", "P"
 ARROW = ('<marker id="learn-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
          'orient="auto"><path d="M0 0 8 4 0 8z" fill="currentColor"/></marker>')
+# An address with another end would load gradio's page again, and the visitor's answer would be gone.
+SCROLL = "document.querySelector(this.getAttribute('href')).scrollIntoView(); return false"
 HATCH = ('<pattern id="learn-hatch" width="16" height="16" patternUnits="userSpaceOnUse" '
          'patternTransform="rotate(45)"><rect width="16" height="16" fill="#000" fill-opacity=".45"/>'
          '<line x1="4" x2="4" y2="16" stroke="#fff" stroke-opacity=".75" stroke-width="3"/></pattern>')
@@ -162,8 +164,8 @@ def box(x: int, row: int, number: int, name: str, lines: list[str], kind: str = 
     names = textwrap.wrap(f"{number} {name}", 24)
     words = [text(x + 10, y + 18 + 15 * i, part, 'class="name"') for i, part in enumerate(names)]
     words += [text(x + 10, y + 18 + 15 * (len(names) + i), part) for i, part in enumerate(lines)]
-    return (f'<a href="#learn-stage-{number}"><rect class="box {kind}" x="{x}" y="{y}" width="{BOX}" '
-            f'height="{HIGH}" rx="6"/>{"".join(words)}</a>')
+    return (f'<a href="#learn-stage-{number}" onclick="{SCROLL}"><rect class="box {kind}" x="{x}" y="{y}" '
+            f'width="{BOX}" height="{HIGH}" rx="6"/>{"".join(words)}</a>')
 
 
 def lines_of(stage: Stage, model: str) -> list[str]:

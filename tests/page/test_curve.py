@@ -1,6 +1,7 @@
 """The Curve tab: the figures of the files, of all kinds of question or of some, and what is drawn of them."""
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -32,7 +33,10 @@ def test_every_file_belongs_to_one_setting_and_can_be_read():
     for paths in found.values():
         results = read(*paths)
         assert results.methods and results.rows[0]["method"] == "none"
-        assert note(results, paths).count("`") == 2 + 2 * len(paths)
+        words = note(results, paths)
+        assert words.count("`") == 2 + 2 * len(paths) and words.endswith("is of the official weights.")
+        results = replace(results, settings={**results.settings, "model": "meta-llama/Llama"})
+        assert "official" not in note(results, paths)
 
 
 def test_a_file_of_another_name_is_called_by_it(tmp_path):
