@@ -31,7 +31,9 @@ MISSING = "the page needs gradio, which is not installed: pip install -e '.[demo
 EXAMPLES = ("python demo.py", "python demo.py --quantize int8 --port 8000")
 TITLE = "trimmed-llama"
 HEAD = """# trimmed-llama
-Ask **{name}** about an image, and see what is left of the answer with fewer image tokens."""
+Ask `{name}` about an image, and see what is left of the answer with fewer image tokens.{toy}"""
+TOY = """ It is a toy, which knows only drawn shapes; for the real one, start the page with
+`--model meta-llama/Llama-3.2-11B-Vision-Instruct`."""
 CACHE = 600, 3600       # seconds: how often old files of visitors are deleted, and how old they are
 
 
@@ -84,7 +86,7 @@ def page(desk: Desk) -> "gr.Blocks":
     others = {"Learn": learn_tab}               # name: builder
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as made:
-        gr.Markdown(HEAD.format(name=desk.name))
+        gr.Markdown(HEAD.format(name=desk.name, toy=TOY if desk.name == "tiny" else ""))
         state = gr.State()                      # of each visitor: the Asked of the last answer
         with gr.Tab("Ask", id="ask"):
             ask_tab(desk, state)

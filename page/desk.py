@@ -101,7 +101,7 @@ class Desk:
         self.assistant = assistant
         self.name = name
         self.lock = Lock()
-        self.tell: Callable[[str], None] | None = None          # who asks what has the model
+        self.tell: Callable[[str], None] | None = None          # of whoever has the model now
         assistant.progress = self.progress
 
     def ask(self, image: Image.Image | None, question: str, method: str, keep: float,
@@ -233,6 +233,8 @@ def follow(work: Callable[[Push], None]) -> Iterator[Asked]:
         except Left:
             return
         except BaseException as error:
+            if left.is_set():                   # nobody reads the news any more
+                raise
             news.put(error)
 
     Thread(target=run, daemon=True, name="answer").start()
