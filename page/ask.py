@@ -71,23 +71,31 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     kind.select(another_question, subject, question, show_progress="hidden")
     method.change(about_method, method, about, show_progress="hidden")
     answered = gr.on([button.click, question.submit], partial(answer, desk),
-                     [subject, question, method, keep, state], [state, answers],
+                     [subject, question, method, keep, state], [state, answers, button],
                      concurrency_limit=1, concurrency_id=MODEL, show_progress="minimal", api_name="ask")
-    stop.click(stopped, answers, answers, cancels=[answered], show_progress="hidden")
+    answered.then(ended, answers, [answers, button], show_progress="hidden")
+    stop.click(None, cancels=[answered])
     return AskTab(answered, method, keep)
 
 
 def answer(desk: Desk, subject: Subject, question: str, method: str, percent: float,
            before: Asked | None) -> Iterator[tuple]:
-    """The state and the answers, again and again while they grow. Whatever is wrong is said there."""
+    """The state, the answers and the button, again and again while they grow. Whatever is wrong is said in
+    the place of the answers."""
     try:
         keep = round(percent / 100, 4)
         with closing(desk.ask(subject.image, question, method, keep, before=before)) as growing:
             for asked in growing:
                 right = subject.right(asked.question)
-                yield (asked if asked.done else gr.skip()), answers_html(asked, right)
+                state = asked if asked.done else gr.skip()
+                yield state, answers_html(asked, right), gr.Button(interactive=asked.done)
     except Exception as error:
-        yield gr.skip(), refusal_html(said_of(error))
+        yield gr.skip(), refusal_html(said_of(error)), gr.Button(interactive=True)
+
+
+def ended(html: str | None) -> tuple:
+    """After an answer, also one that was stopped: only here has it come to rest."""
+    return stopped(html), gr.Button(interactive=True)
 
 
 def said_of(error: Exception) -> str:

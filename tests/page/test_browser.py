@@ -77,7 +77,7 @@ def test_every_example_has_its_question_and_answer(visitor):
     for name, question in EXAMPLES.items():
         visitor.page.locator("#examples button").nth([*EXAMPLES].index(name)).click()
         expect(visitor.page.locator("#image label")).to_have_text(f"examples/{name}")
-        expect(visitor.page.locator("#question textarea")).to_have_value(question)
+        expect(visitor.page.locator("#question textarea")).to_have_value(question.text)
         answers.append(visitor.ask()[0])
     assert answers == ["Y", "111", "bottom", "yes", "yellow", "P"]         # as README.md has them
 
