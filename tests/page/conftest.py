@@ -13,7 +13,7 @@ if all(importlib.util.find_spec(name) for name in ("gradio", "playwright")):
 
     expect.set_options(timeout=PATIENCE * 1000)
 else:
-    collect_ignore = ["test_browser.py"]
+    collect_ignore_glob = ["test_browser*.py"]
 
 
 @pytest.fixture(scope="session")
