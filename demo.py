@@ -65,7 +65,7 @@ def serve(desk: Desk, port: int):
     made = page(desk)
     made.launch(server_name=HOST, server_port=port, share=False, quiet=True, prevent_thread_lock=True,
                 max_file_size=MOST_FETCHED, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
-                mcp_server=False, enable_monitoring=False, css=STYLE)
+                mcp_server=False, enable_monitoring=False, css=STYLE, theme=theme())
     say(f"the page is at http://{HOST}:{port} (Ctrl-C ends it)")
     try:
         Event().wait()
@@ -97,6 +97,16 @@ def page(desk: Desk) -> "gr.Blocks":
         with gr.Tab("Curve", id="curve"):
             curve_tab()
     return made
+
+
+def theme() -> "gr.themes.Base":
+    """Fonts of the visitor's own computer: those that gradio brings lack letters. Darker small print."""
+    import gradio as gr
+
+    fonts = {"font": ("system-ui", "sans-serif"), "font_mono": ("ui-monospace", "monospace")}
+    return gr.themes.Default(primary_hue="blue", **fonts).set(
+        body_text_color_subdued="*neutral_500", button_primary_background_fill="*primary_600",
+        button_primary_background_fill_hover="*primary_700")
 
 
 def stay_offline():

@@ -22,6 +22,10 @@ STYLE = """
 #examples .grid-container { grid-template-columns: repeat(6, minmax(0, 1fr)) !important; }
 #examples .caption-label { display: none; }
 #examples .thumbnail-item { min-width: 0; height: 80px; }
+@media (max-width: 600px) {
+    .answers { font-size: .85rem; }
+    .answers .said td { font-size: 1.1rem; }
+}
 .refused { padding: .6rem; border-left: 4px solid #d33; background: var(--block-background-fill);
     overflow-wrap: anywhere; }
 """

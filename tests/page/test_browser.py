@@ -72,14 +72,12 @@ def test_another_method_answers(visitor):
     assert "random, keep 0.1" in visitor.text("answers")
 
 
-def test_every_example_has_its_question_and_answer(visitor):
-    answers = []
-    for name, question in EXAMPLES.items():
-        visitor.page.locator("#examples button").nth([*EXAMPLES].index(name)).click()
-        expect(visitor.page.locator("#image label")).to_have_text(f"examples/{name}")
-        expect(visitor.page.locator("#question textarea")).to_have_value(question.text)
-        answers.append(visitor.ask()[0])
-    assert answers == ["Y", "111", "bottom", "yes", "yellow", "P"]         # as README.md has them
+def test_every_example_has_its_question_and_the_right_answer(visitor):
+    for place, (name, asked) in enumerate(EXAMPLES.items()):
+        visitor.example(place, name)
+        expect(visitor.page.locator("#question textarea")).to_have_value(asked.text)
+        assert visitor.ask() == (asked.answer, asked.answer)
+        assert visitor.text("verdict") == "Both answers are the same. Right."
 
 
 def test_a_new_scene_brings_its_questions_and_knows_the_right_answer(visitor):
@@ -142,8 +140,7 @@ def test_who_leaves_in_the_middle_of_an_answer_leaves_the_model_to_others(visit,
     page = visit()
     gone, other = Visitor(page), Visitor(visit())
     gone.start(LONG)
-    page.locator("#full-answer:not(:empty)").wait_for()
-    assert page.locator("#verdict").count() == 0
+    gone.doing()
     getattr(page, leave)()
     browser.forget()                                    # a page that is left says that its answer broke off
     assert other.ask() == ("Y", "Y")
@@ -153,8 +150,10 @@ def test_who_leaves_in_the_middle_of_an_answer_leaves_the_model_to_others(visit,
 
 def test_stop_ends_an_answer_and_the_next_one_comes(visitor):
     visitor.start(LONG)
-    visitor.page.locator("#full-answer:not(:empty)").wait_for()
+    visitor.doing()
     visitor.page.locator("#stop").click()
+    expect(visitor.page.locator("#doing")).to_have_text("stopped")
+    assert visitor.page.locator("#verdict").count() == 0
     assert visitor.ask("What is written on the circle?") == ("Y", "Y")
 
 
@@ -162,11 +161,21 @@ def test_two_people_at_once_get_their_own_answers(visit):
     people = [Visitor(visit()) for _ in range(2)]
     wanted = [("tall.png", 2, "bottom"), ("letters.png", 5, "P")]
     for person, (name, place, _) in zip(people, wanted, strict=True):
-        person.page.locator("#examples button").nth(place).click()
-        expect(person.page.locator("#image label")).to_have_text(f"examples/{name}")
+        person.example(place, name)
     for _ in range(3):
         for person in people:
             person.start()
         for person, (_, _, answer) in zip(people, wanted, strict=True):
             person.page.locator("#verdict:not([data-old])").wait_for()
             assert person.text("full-answer") == answer
+
+
+# ----- looks
+
+
+def test_no_tab_is_wider_than_a_phone(visit):
+    visitor = Visitor(visit(viewport={"width": 390, "height": 800}))
+    visitor.ask(LONG)
+    for tab in visitor.tabs():
+        visitor.tab(tab)
+        assert not visitor.overflows(), tab

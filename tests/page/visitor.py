@@ -1,7 +1,7 @@
 """What a visitor of the page does, and what the page then shows, for tests in a browser."""
 from pathlib import Path
 
-from playwright.sync_api import Page
+from playwright.sync_api import Page, expect
 
 # Every text that an element has had, from now on, in window.seen.
 WATCH = """id => {
@@ -21,15 +21,27 @@ class Visitor:
         self.page = page
         page.locator("#question textarea").wait_for()
 
-    # ----- the Ask tab
+    def tabs(self) -> list[str]:
+        return self.page.get_by_role("tab").all_inner_texts()
 
     def tab(self, name: str):
         self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def overflows(self) -> bool:
+        """Whether the page is wider than the window."""
+        return self.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
+
+    # ----- the Ask tab
 
     def choose(self, element: str, option: str):
         """An option of a dropdown."""
         self.page.locator(f"#{element} input").click()
         self.page.get_by_role("option", name=option, exact=True).click()
+
+    def example(self, place: int, name: str):
+        """One of the examples, by its place in the row and its file's name."""
+        self.page.locator("#examples button").nth(place).click()
+        expect(self.page.locator("#image label")).to_have_text(f"examples/{name}")
 
     def slide(self, percent: int):
         self.page.locator("#keep input[type=range]").fill(str(percent))
@@ -50,6 +62,10 @@ class Visitor:
         self.page.locator("#verdict:not([data-old])").wait_for()
         return self.text("full-answer"), self.text("pruned-answer")
 
+    def doing(self):
+        """Wait until an answer is on its way."""
+        expect(self.page.locator("#doing")).not_to_be_empty()
+
     def refusal(self) -> str:
         return self.page.locator("#refused:not([data-old])").inner_text()
 
@@ -64,5 +80,5 @@ class Visitor:
         return float(self.page.locator(f"#{element}").get_attribute("data-value"))
 
     def image(self) -> str:
-        """What the image says of itself."""
+        """The name of the image."""
         return self.page.locator("#image label").inner_text()
