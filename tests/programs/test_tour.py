@@ -1,6 +1,7 @@
 """docs/tour.ipynb as it is stored: short cells, outputs that are the same everywhere, the words of the field.
 
-That the outputs are those of its code is tested in tests/tour, where the notebook is run.
+That the outputs are those of its code is tested in tests/tour, where the notebook is run. After a change
+`python tests/tour/rerun.py` runs it and stores the outputs.
 """
 import json
 import platform
@@ -46,6 +47,7 @@ def test_every_step_asserts_what_it_says():
 
 
 def test_nothing_tells_where_or_when_it_was_run():
+    assert NOTEBOOK["metadata"]["language_info"] == {"name": "python"}
     assert {*NOTEBOOK["metadata"]} == {"kernelspec", "language_info"}
     assert not [cell["id"] for cell in NOTEBOOK["cells"] if cell["metadata"]]
     printed = [text for output in OUTPUTS for text in texts(output)]

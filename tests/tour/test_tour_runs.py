@@ -1,30 +1,11 @@
 """docs/tour.ipynb runs from top to bottom in a new kernel, and says again what is stored in it."""
-from pathlib import Path
-
 import nbformat
 import pytest
-from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from rerun import PATH, ROOT, run, stored
 
-ROOT = Path(__file__).parents[2]
-LIMIT = 600                 # seconds that no cell takes, not even on a busy machine
 MOST = 120                  # seconds of one processor for the notebook, with its imports
 PROCESSOR_TIME = "import time\n\nprint(time.process_time())"
-
-
-def stored() -> nbformat.NotebookNode:
-    return nbformat.read(ROOT / "docs" / "tour.ipynb", as_version=4)
-
-
-def run(notebook: nbformat.NotebookNode, folder: Path) -> nbformat.NotebookNode:
-    """The notebook with new outputs, run in a folder. Raises CellExecutionError where a cell raises."""
-    notebook = notebook.copy()
-    notebook.cells = [cell.copy() for cell in notebook.cells]
-    for cell in notebook.cells:
-        if cell.cell_type == "code":
-            cell.outputs, cell.execution_count = [], None
-    resources = {"metadata": {"path": str(folder)}}
-    return NotebookClient(notebook, timeout=LIMIT, resources=resources).execute()
 
 
 def outputs(notebook: nbformat.NotebookNode) -> list[list[tuple]]:
@@ -41,7 +22,7 @@ def outputs(notebook: nbformat.NotebookNode) -> list[list[tuple]]:
 def again() -> nbformat.NotebookNode:
     notebook = stored()
     notebook.cells = [*notebook.cells, nbformat.v4.new_code_cell(PROCESSOR_TIME)]
-    return run(notebook, ROOT / "docs")
+    return run(notebook, PATH.parent)
 
 
 def test_the_stored_outputs_are_those_of_its_code(again):
@@ -68,4 +49,4 @@ def test_a_cell_that_is_not_true_is_noticed():
     notebook = stored()
     notebook.cells = [*notebook.cells[:2], nbformat.v4.new_code_cell("assert torch.is_grad_enabled()")]
     with pytest.raises(CellExecutionError):
-        run(notebook, ROOT / "docs")
+        run(notebook, PATH.parent)
