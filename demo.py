@@ -82,8 +82,9 @@ def page(desk: Desk) -> "gr.Blocks":
     from page.ask import MODEL, ask_tab
     from page.curve import curve_tab
     from page.learn import learn_tab
+    from page.see import see_tab
 
-    others = {"Learn": learn_tab}               # name: builder
+    others = {"See": see_tab, "Learn": learn_tab}       # name: builder
 
     with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=CACHE) as made:
         gr.Markdown(HEAD.format(name=desk.name, toy=TOY if desk.name == "tiny" else ""))

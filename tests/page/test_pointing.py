@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import close, refused
-from programs.scene_helpers import scene_of, thing
+from scene_helpers import scene_of, thing
 
 from generate import Assistant
 from page import pointing
