@@ -104,11 +104,11 @@ def tiles_svg(pixels: Image.Image, grid: Grid, fitted: tuple[int, int], tile: in
     return svg(wide, high, wide, f"canvas of {rows} x {columns} tiles", "".join(parts))
 
 
-def data_url(image: Image.Image) -> str:
-    """The image itself, as an address."""
+def data_url(image: Image.Image, kind: str = "png") -> str:
+    """The image itself, as an address: nothing has to be stored or fetched."""
     data = io.BytesIO()
-    image.save(data, "png")
-    return "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    image.save(data, kind)
+    return f"data:image/{kind};base64," + base64.b64encode(data.getvalue()).decode()
 
 
 # ----- token counts

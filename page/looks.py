@@ -154,7 +154,8 @@ class Looker(Recorder):
         """Where the model looked for the first `tokens` tokens: those of the answer; the token that ends it
         is recorded too. Raises ValueError if nothing was recorded."""
         if self.image is None:
-            raise ValueError("there is nothing that the model looked at: ask about an image first")
+            raise ValueError("there is nothing that the model looked at: ask about an image first; a smaller "
+                             "model's answer leaves nothing")
         steps = [looks for looks in self.steps[:tokens] if looks]
         return Looks(coords_of(self.image)[0], steps, self.clusters)
 

@@ -15,7 +15,7 @@ import gradio as gr
 from PIL import Image
 
 from page.answers import refusal_html
-from page.ask import MODEL, said_of
+from page.ask import MODEL, said_of, shown
 from page.desk import Asked, Desk, Said
 from page.looks import Looker, Word, words_of
 from page.maps import heat_map, heat_words
@@ -23,7 +23,7 @@ from page.tries import Tried, grid_html, try_methods
 from pruning.visualize import kept_map
 
 NOT_YET = '<p id="see-empty">Ask a question first, in the tab Ask: here is then what the model looked at.</p>'
-NOWHERE = "no token of this answer was made by this model: a smaller one gave it, so there is no map"
+EARLY = "a smaller model gave this answer, so there is no map of where this one looked"
 PRUNED, FULL = "with fewer image tokens", "with all image tokens"
 ALL_WORDS = -1
 ALL = "all"
@@ -108,11 +108,11 @@ def said_by(asked: Asked, which: str) -> Said:
 def watched(desk: Desk, asked: Asked, which: str) -> Said:
     """The answer, with its recorder and looks. It is asked once more where they are not there yet."""
     said = said_by(asked, which)
+    if said.figures["answered_early"]:
+        raise ValueError(EARLY)
     if said.looks is None:
         looker = desk.again(asked, Looker, which == PRUNED)
         said.recorder, said.looks = looker, looker.looks(len(said.figures["token_ids"]))
-    if not len(said.looks) and said.figures["token_ids"]:
-        raise ValueError(NOWHERE)
     return said
 
 
@@ -121,7 +121,8 @@ def maps(desk: Desk, asked: Asked, said: Said, word: int, layer: str, head: str)
     _, words = words_of(desk.assistant.tokenizer, said.figures["token_ids"])
     tokens = [token for token in tokens_of(words, word, len(said.looks)) if token < len(said.looks)]
     if not tokens:
-        return asked.image, share_html("the answer is empty" if not words else "this word was not recorded")
+        why = "this word was not recorded" if words else "the answer is empty"
+        return shown(asked.image), share_html(why)
     of = (None if layer == ALL else int(layer)), (None if head == ALL else int(head))
     name = "the answer" if word == ALL_WORDS else f"“{words[word].text}”"
     drawn = heat_map(asked.image, desk.assistant.processor, said.recorder, said.looks, tokens, *of)

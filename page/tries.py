@@ -2,16 +2,15 @@
 
     Asked ─► try_methods ─► Tried, one after the other ─► grid_html
 """
-import base64
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 
 from PIL import Image
 
 from cli.answers import mean
 from page.desk import Asked, Desk
+from page.drawing import data_url
 from page.looks import Looker
 from page.maps import SMALL, kept_panel, smaller
 from pruning import METHODS, hooks, load
@@ -79,13 +78,6 @@ def figure_html(tried: Tried) -> str:
         said = f"{tried.kept:.1%} kept<br>{mark} {escape(tried.text) or '<em>(nothing)</em>'}"
     return (f'<figure data-method="{tried.method}" data-kept="{tried.kept:.4f}" '
             f'data-answer="{escape(tried.text)}" data-same="{str(tried.same).lower()}" '
-            f'style="margin:0;overflow-wrap:anywhere"><img src="{as_address(tried.panel)}" '
+            f'style="margin:0;overflow-wrap:anywhere"><img src="{data_url(tried.panel, "webp")}" '
             f'alt="what {tried.method} keeps" style="width:100%"><figcaption><b style="font-size:.85em">'
             f'{tried.method}</b><br>{said}</figcaption></figure>')
-
-
-def as_address(image: Image.Image) -> str:
-    """The image itself as an address, so that nothing has to be stored or fetched."""
-    file = BytesIO()
-    image.save(file, "webp", quality=85)
-    return "data:image/webp;base64," + base64.b64encode(file.getvalue()).decode()
