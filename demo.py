@@ -32,8 +32,7 @@ EXAMPLES = ("python demo.py", "python demo.py --quantize int8 --port 8000")
 TITLE = "trimmed-llama"
 HEAD = """# trimmed-llama
 Ask `{name}` about an image, and see what is left of the answer with fewer image tokens.{toy}"""
-TOY = """ It is a toy, which knows only drawn shapes; for the real one, start the page with
-`--model meta-llama/Llama-3.2-11B-Vision-Instruct`."""
+TOY = " It is a toy, which knows only drawn shapes; `--model` has the page ask another checkpoint."
 CACHE = 600, 3600       # seconds: how often old files of visitors are deleted, and how old they are
 
 

@@ -1,11 +1,15 @@
-"""An Asked as HTML: both answers as they grow, what each took, and whether they differ."""
+"""What the page says: both answers as they grow, what each took, whether they differ; errors; methods."""
 import re
+import sys
+import traceback
 from collections.abc import Callable
 from html import escape
 
 from cli.answers import speed
+from cli.program import is_of_the_user, words_of
 from cli.terminal import size, took
 from page.desk import Asked, Said
+from pruning import METHODS
 
 STYLE = """
 .answers { width: 100%; border-collapse: collapse; font-size: 1rem; table-layout: fixed; }
@@ -59,6 +63,8 @@ def answer_html(said: Said | None) -> str:
         return "<em>(nothing)</em>"
     return escape(said.text)
 
+
+FAULT = "a fault of this program: what happened is in the terminal where it was started"
 
 # What the table tells of `figures`: the name of a line, where its number is, and how it is written.
 LINES = (("image tokens kept", "image_tokens.kept", str), ("image KV", "image_kv_bytes", size),
@@ -128,3 +134,20 @@ def stopped(html: str | None) -> str:
 def refusal_html(words: str) -> str:
     """Why there is no answer."""
     return f'<p class="refused" id="refused" role="alert">{escape(words)}</p>'
+
+
+def said_of(error: Exception) -> str:
+    """What the page says of an error; one that is a fault of ours is on stderr in full."""
+    if is_of_the_user(error):
+        return words_of(error)
+    traceback.print_exception(error, file=sys.stderr)
+    return FAULT
+
+
+def about_method(name: str) -> str:
+    """What a method does, in a line, and its paper."""
+    method = METHODS[name]
+    words = " ".join(method.__doc__.split("\n\n")[0].split())
+    first, dot, _ = words.partition(". ")
+    unit = f" Keep is a share {method.unit}." if method.unit else ""
+    return f"{first}{'.' * bool(dot)}{unit}{f' *{method.paper}*' if method.paper else ''}"

@@ -7,26 +7,19 @@ Elements that tests and styles may rely on (`elem_id`): examples, new-scene, upl
 kind, method, about, keep, ask, stop, answers; and in the answers: full-answer, pruned-answer, verdict, doing,
 refused, and the figures, full-image_tokens-kept and so on, with `data-value`.
 """
-import sys
-import traceback
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
-from PIL import Image
 
-from cli.program import is_of_the_user, words_of
-from page.answers import answers_html, refusal_html, stopped
+from page.answers import about_method, answers_html, refusal_html, said_of, stopped
 from page.desk import Asked, Desk
 from page.scene import EXAMPLES, FOLDER, Subject, example, new_scene, uploaded
 from pruning import METHODS
 
 MODEL = "model"             # the queue of everything that needs the model: one at a time
-MOST_SHOWN = 1024           # pixels of a side, of an image as the page shows it
-LEAST_SHOWN = 448
-FAULT = "a fault of this program: what happened is in the terminal where it was started"
 
 
 @dataclass
@@ -43,7 +36,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     subject = gr.State(first)
     with gr.Row():
         with gr.Column(min_width=300):
-            image = gr.Image(shown(first.image), label=first.name, interactive=False, height=320,
+            image = gr.Image(first.shown(), label=first.name, interactive=False, height=320,
                              format="png", buttons=["fullscreen"], elem_id="image")
             with gr.Row():
                 scene = gr.Button("New scene", elem_id="new-scene")
@@ -98,14 +91,6 @@ def ended(html: str | None) -> tuple:
     return stopped(html), gr.Button(interactive=True)
 
 
-def said_of(error: Exception) -> str:
-    """What the page says of an error; one that is a fault of ours is on stderr in full."""
-    if is_of_the_user(error):
-        return words_of(error)
-    traceback.print_exception(error, file=sys.stderr)
-    return FAULT
-
-
 def choose_example(chosen: gr.SelectData) -> tuple:
     return begin(example(chosen.index))
 
@@ -125,22 +110,5 @@ def upload_image(path: str) -> tuple:
 
 def begin(subject: Subject) -> tuple:
     """What the tab shows of another image: subject, image, kinds, question, no note, and no answers."""
-    return (subject, gr.Image(shown(subject.image), label=subject.name),
+    return (subject, gr.Image(subject.shown(), label=subject.name),
             gr.Dropdown(list(subject.questions), value=None), subject.first, gr.HTML("", visible=False), "")
-
-
-def shown(image: Image.Image) -> Image.Image:
-    """The image in a size for the screen: a large one takes long to send, a small one is hard to see."""
-    longest = max(image.size)
-    scale = max(min(1, MOST_SHOWN / longest), min(LEAST_SHOWN / longest, 4))
-    width, height = (max(1, round(side * scale)) for side in image.size)
-    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-
-
-def about_method(name: str) -> str:
-    """What a method does, in a line, and its paper."""
-    method = METHODS[name]
-    words = " ".join(method.__doc__.split("\n\n")[0].split())
-    first, dot, _ = words.partition(". ")
-    unit = f" Keep is a share {method.unit}." if method.unit else ""
-    return f"{first}{'.' * bool(dot)}{unit}{f' *{method.paper}*' if method.paper else ''}"

@@ -27,6 +27,8 @@ OF_ANY_IMAGE = {                # a question of each kind where nobody knows wha
     "relation": "Which is further left, the square or the circle?", "sign": "What does the sign say?",
     "describe": "Describe the picture."}
 TRIES = 20                      # of a kind; a scene may have no question of it
+MOST_SHOWN = 1024               # pixels of the longer side, of an image as the page shows it
+LEAST_SHOWN = 448
 SCENES = 1_000_000              # test scenes to draw from: none was trained on
 
 
@@ -37,6 +39,13 @@ class Subject:
     name: str
     questions: dict[str, list[Question]]        # by kind
     first: str = ""                             # the question to begin with
+
+    def shown(self) -> Image.Image:
+        """In a size for the screen: a large image takes long to send, a small one is hard to see."""
+        longest = max(self.image.size)
+        scale = max(min(1, MOST_SHOWN / longest), min(LEAST_SHOWN / longest, 4))
+        width, height = (max(1, round(side * scale)) for side in self.image.size)
+        return self.image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
     def question(self, kind: str) -> str:
         """One of a kind, another each time where there are several. Raises ValueError for a kind that is not

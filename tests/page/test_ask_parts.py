@@ -6,9 +6,9 @@ import pytest
 from PIL import Image
 
 import page.scene as scenes_of_the_page
-from page.answers import LINES, answers_html, figure, refusal_html, stopped
+from page.answers import FAULT, LINES, about_method, answers_html, figure, refusal_html, said_of, stopped
 from page.desk import Asked, Said, Word
-from page.scene import EXAMPLES, FOLDER, OF_ANY_IMAGE, example, new_scene, uploaded
+from page.scene import EXAMPLES, FOLDER, OF_ANY_IMAGE, Subject, example, new_scene, uploaded
 from pruning import METHODS
 from scenes.draw import make_scene, split_of
 from scenes.questions import KINDS
@@ -68,6 +68,13 @@ def test_the_folder_of_the_examples_does_not_depend_on_where_it_is_started(monke
     monkeypatch.chdir(tmp_path)
     assert (FOLDER / "shapes.png").is_file() and example(0).image.size[0] > 0
     assert scenes_of_the_page.FOLDER.is_absolute()
+
+
+@pytest.mark.parametrize(("size", "expected"), [
+    ((4000, 1000), (1024, 256)), ((1, 3000), (1, 1024)), ((500, 300), (500, 300)), ((112, 56), (448, 224)),
+    ((10, 10), (40, 40)), ((1, 1), (4, 4))])
+def test_images_are_shown_in_a_size_for_the_screen(size, expected):
+    assert Subject(Image.new("RGB", size), "x", {}).shown().size == expected
 
 
 # ----- answers
@@ -130,6 +137,16 @@ def test_nothing_that_people_or_models_write_becomes_html():
     assert "<img" not in html and html.count("&lt;img") >= 5 and "(nothing)" in html
 
 
-def test_every_method_has_a_head():
+def test_what_is_wrong_is_said_in_words_and_faults_of_ours_are_on_stderr(capsys):
+    assert said_of(ValueError("the question is empty")) == "the question is empty"
+    assert "out of memory" in said_of(RuntimeError("CUDA out of memory"))
+    assert capsys.readouterr().err == ""
+    assert said_of(KeyError("kept")) == FAULT
+    assert "KeyError: 'kept'" in capsys.readouterr().err
+
+
+def test_every_method_is_described_in_a_line_and_has_a_head():
     for method in METHODS:
+        about = about_method(method)
+        assert 10 < len(about.split(". ")[0]) < 150 and METHODS[method].paper in about and "\n" not in about
         assert words(answers_html(Asked(Image.new("RGB", (9, 9)), "Why?", method, 0.5))).count(method) == 1
