@@ -9,13 +9,14 @@ tokens at every stage, the flow, and for each stage its costs at this checkpoint
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from html import escape
 from typing import TYPE_CHECKING
 
+import torch
 from PIL import Image
 
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
+from page.answers import refusal_html
 from page.desk import Asked, Desk
 from page.drawing import (
     COUNT,
@@ -39,6 +40,9 @@ if TYPE_CHECKING:
     import gradio as gr
 
 NOT_YET = "<p>Ask a question in the first tab: then this page follows its image through the model.</p>"
+AFTER = "After an arrow: pruned with"
+OWN_WORK = "The method's own work is not counted."
+EARLY = "A smaller model gave the pruned answer, so nothing was pruned here."
 CHOSEN = '<tr class="chosen">'
 STYLE = """<style>
 .learn {line-height: 1.45; max-width: 900px}
@@ -114,7 +118,8 @@ def canvas_of(image: Image.Image, processor: ImageProcessor, tiles: Tiles | None
     """The canvas of an RGB image. `tiles` are those that the processor makes of it, if they are there."""
     tiles = processor([image]) if tiles is None else tiles
     pixels = canvas(tiles, 0, processor)                                            # [H, W, 3]
-    height, width = pixels.shape[:2]
+    data = bytearray(pixels.numel())
+    torch.frombuffer(data, dtype=torch.uint8).copy_(pixels.to(torch.uint8).flatten())
     grid = processor.grid(image)
     # A slot without a tile holds zeros after normalising.
     grey = processor.image_mean if processor.do_normalize else (0.0, 0.0, 0.0)
@@ -123,7 +128,7 @@ def canvas_of(image: Image.Image, processor: ImageProcessor, tiles: Tiles | None
     return Canvas((image.height, image.width), fit(image.height, image.width, grid, processor.tile_size),
                   grid, processor.tile_size, processor.max_tiles,
                   candidates(image.height, image.width, processor.tile_size, processor.canvases),
-                  Image.frombytes("RGB", (width, height), bytes(pixels.byte().flatten().tolist())),
+                  Image.frombytes("RGB", (pixels.shape[1], pixels.shape[0]), bytes(data)),
                   f"rgb({colour})")
 
 
@@ -131,21 +136,19 @@ def canvas_of(image: Image.Image, processor: ImageProcessor, tiles: Tiles | None
 
 
 def learn_html(found: Canvas, made: list[Stage], slots: int, real: int, prompt_tokens: int,
-               patches: int, reads: Reads | None = None, pruner: str = "") -> str:
+               patches: int, reads: Reads | None = None, remark: str = "") -> str:
     """Everything that the tab shows. `slots` and `real` are image tokens of all slots, and of the tiles that
-    the image fills; `reads` is what the `pruner` left of them, None without one."""
+    the image fills; `reads` is what a pruner left of them, None without one; `remark` says which."""
     counts = [("all tile slots", slots), ("real tiles", real)]
     if reads is not None:
         counts += [(f"layer {i} keeps", count) for i, count in enumerate(reads.cached)]
-    kept = "" if reads is None else (f"<p>After an arrow: pruned with {escape(pruner)}. The method's own "
-                                     "work is not counted.</p>")
     return (f'{STYLE}<div class="learn">'
             f"{canvas_html(found)}{tiles_html(found, patches)}"
             "<h3>Image tokens</h3><p>Every tile gives one token for each patch, and a class token. "
             "Padding tiles are dropped after the encoder, which loses nothing.</p>"
             f"{tokens_svg(counts)}<h3>The way to an answer</h3>"
             "<p>Blue is the image, orange the text. A box leads to its stage below.</p>"
-            f"{kept}{flow_svg(made, prompt_tokens)}"
+            f"<p>{escape(remark)}</p>{flow_svg(made, prompt_tokens)}"
             "<h3>What every stage costs</h3>"
             "<p>Computed from the shapes of the models, not measured: 11B with the same grid of tiles, as "
             "many tokens of the question, and the same shares of image tokens kept.</p>"
@@ -225,12 +228,20 @@ def learn_tab(desk: Desk, state: "gr.State") -> tuple[Callable, list]:
     The element of the page is `learn`; in it are learn-canvases, learn-stage-1 to 8 and learn-total.
     """
     import gradio as gr
+
+    from page.ask import said_of
     shown = gr.HTML(NOT_YET, elem_id="learn", padding=False)
-    return partial(show, desk), [shown]
+
+    def opened(asked: Asked | None) -> str:
+        try:
+            return show(desk, asked)
+        except Exception as error:
+            return refusal_html(said_of(error))
+    return opened, [shown]
 
 
 def show(desk: Desk, asked: Asked | None) -> str:
-    """The way of the image that was asked about. Raises ValueError for what the model cannot read."""
+    """The way of the image that was asked about, in HTML."""
     if asked is None:
         return NOT_YET
     assistant = desk.assistant
@@ -239,13 +250,15 @@ def show(desk: Desk, asked: Asked | None) -> str:
     models = {"this checkpoint": config}
     if config != ELEVEN and found.grid in ELEVEN.vision.supported_aspect_ratios:
         models["11B"] = ELEVEN
+    reads, remark = None, ""
     pruner = asked.pruner()
-    prunes = hooks(type(pruner)) and not pruner.keeps_all
-    reads = reads_of(desk, asked) if prunes else None
+    if hooks(type(pruner)) and not pruner.keeps_all:
+        reads = reads_of(desk, asked)
+        remark = f"{AFTER} {pruner}. {OWN_WORK}" if reads is not None else EARLY
     prompt_tokens = len(assistant.tokenizer.encode(messages(asked.question, 1)))
     made = stages(models, found.grid, prompt_tokens, reads, assistant.model.dtype)
     return learn_html(found, made, asked.encoded.slots, asked.encoded.real, prompt_tokens,
-                      config.vision.patches_per_side, reads, str(pruner))
+                      config.vision.patches_per_side, reads, remark)
 
 
 def reads_of(desk: Desk, asked: Asked) -> Reads | None:

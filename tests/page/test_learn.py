@@ -15,7 +15,7 @@ from cli.terminal import size
 from model.config import VisionConfig
 from page.desk import Asked, Desk
 from page.drawing import operations, tiles_svg, tokens_svg
-from page.learn import NOT_YET, STYLE, candidates, canvas_of, reads_of, show
+from page.learn import EARLY, NOT_YET, STYLE, candidates, canvas_of, reads_of, show
 from page.stages import stages
 from pruning import METHODS
 from weights.image_file import open_image
@@ -187,7 +187,7 @@ def test_a_question_that_the_guide_answers_is_shown_unpruned(desk):
     *_, asked = desk.ask(open_image("examples/small.png"), "Do you see a red star?", "sgl", 0.25,
                          {"threshold": 0.01})
     assert asked.pruned.figures["answered_early"] == [0] and reads_of(desk, asked) is None
-    assert "→" not in show(desk, asked)
+    assert "→" not in show(desk, asked) and EARLY in show(desk, asked)
 
 
 def test_the_official_model_stands_alone_when_it_is_the_checkpoint(desk, ask, monkeypatch):
