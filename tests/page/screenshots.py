@@ -22,7 +22,7 @@ def take(folder: Path):
             visitor.ask(QUESTION)
             for tab in visitor.tabs():
                 visitor.tab(tab)
-                page.wait_for_timeout(1500)         # images are sent after the tab is opened
+                visitor.settle()
                 path = folder / f"{tab.lower()}-{scheme}-{width}.png"
                 page.screenshot(path=path, full_page=True)
                 print(path, "wider than the window" if visitor.overflows() else "")

@@ -11,6 +11,10 @@ WATCH = """id => {
         if (text && window.seen.at(-1) !== text) window.seen.push(text);
     }).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
+# Whether no element waits for an answer, and all images are here.
+IDLE = """() => ![...document.querySelectorAll("[data-testid=status-tracker]:not(.hide)")].some(
+    waiting => waiting.checkVisibility() && waiting.innerText)
+    && [...document.images].every(image => image.complete || !image.checkVisibility())"""
 MARK = "selector => document.querySelectorAll(selector).forEach(old => old.setAttribute('data-old', ''))"
 
 
@@ -26,6 +30,11 @@ class Visitor:
 
     def tab(self, name: str):
         self.page.get_by_role("tab", name=name, exact=True).click()
+
+    def settle(self):
+        """Wait until nothing that the page asked for is still on its way."""
+        self.page.wait_for_timeout(500)             # until it has asked
+        self.page.wait_for_function(IDLE)
 
     def overflows(self) -> bool:
         """Whether the page is wider than the window."""
