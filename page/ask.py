@@ -16,7 +16,7 @@ import gradio as gr
 
 from page.answers import about_method, answers_html, refusal_html, said_of, stopped
 from page.desk import Asked, Desk
-from page.scene import EXAMPLES, FOLDER, Subject, example, new_scene, uploaded
+from page.scene import EXAMPLES, FOLDER, Subject, example, new_scene, shown, uploaded
 from pruning import METHODS
 
 MODEL = "model"             # the queue of everything that needs the model: one at a time
@@ -36,7 +36,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     subject = gr.State(first)
     with gr.Row():
         with gr.Column(min_width=300):
-            image = gr.Image(first.shown(), label=first.name, interactive=False, height=320,
+            image = gr.Image(shown(first.image), label=first.name, interactive=False, height=320,
                              format="png", buttons=["fullscreen"], elem_id="image")
             with gr.Row():
                 scene = gr.Button("New scene", elem_id="new-scene")
@@ -110,5 +110,5 @@ def upload_image(path: str) -> tuple:
 
 def begin(subject: Subject) -> tuple:
     """What the tab shows of another image: subject, image, kinds, question, no note, and no answers."""
-    return (subject, gr.Image(subject.shown(), label=subject.name),
+    return (subject, gr.Image(shown(subject.image), label=subject.name),
             gr.Dropdown(list(subject.questions), value=None), subject.first, gr.HTML("", visible=False), "")

@@ -40,13 +40,6 @@ class Subject:
     questions: dict[str, list[Question]]        # by kind
     first: str = ""                             # the question to begin with
 
-    def shown(self) -> Image.Image:
-        """In a size for the screen: a large image takes long to send, a small one is hard to see."""
-        longest = max(self.image.size)
-        scale = max(min(1, MOST_SHOWN / longest), min(LEAST_SHOWN / longest, 4))
-        width, height = (max(1, round(side * scale)) for side in self.image.size)
-        return self.image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
-
     def question(self, kind: str) -> str:
         """One of a kind, another each time where there are several. Raises ValueError for a kind that is not
         there."""
@@ -72,6 +65,14 @@ def uploaded(path: str) -> Subject:
     """A file that somebody sent. Raises ValueError with one line that names it."""
     name = Path(path).name
     return Subject(open_image(path, name), name, of_any_image(), "")
+
+
+def shown(image: Image.Image) -> Image.Image:
+    """In a size for the screen: a large image takes long to send, a small one is hard to see."""
+    longest = max(image.size)
+    scale = max(min(1, MOST_SHOWN / longest), min(LEAST_SHOWN / longest, 4))
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=2.0)
 
 
 def of_any_image() -> dict[str, list[Question]]:

@@ -14,11 +14,12 @@ from html import escape
 import gradio as gr
 from PIL import Image
 
-from page.answers import refusal_html
-from page.ask import MODEL, said_of, shown
+from page.answers import refusal_html, said_of
+from page.ask import MODEL
 from page.desk import Asked, Desk, Said
 from page.looks import Looker, Word, words_of
 from page.maps import heat_map, heat_words
+from page.scene import shown
 from page.tries import Tried, grid_html, try_methods
 from pruning.visualize import kept_map
 

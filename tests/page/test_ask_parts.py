@@ -8,7 +8,7 @@ from PIL import Image
 import page.scene as scenes_of_the_page
 from page.answers import FAULT, LINES, about_method, answers_html, figure, refusal_html, said_of, stopped
 from page.desk import Asked, Said, Word
-from page.scene import EXAMPLES, FOLDER, OF_ANY_IMAGE, Subject, example, new_scene, uploaded
+from page.scene import EXAMPLES, FOLDER, OF_ANY_IMAGE, example, new_scene, shown, uploaded
 from pruning import METHODS
 from scenes.draw import make_scene, split_of
 from scenes.questions import KINDS
@@ -74,7 +74,7 @@ def test_the_folder_of_the_examples_does_not_depend_on_where_it_is_started(monke
     ((4000, 1000), (1024, 256)), ((1, 3000), (1, 1024)), ((500, 300), (500, 300)), ((112, 56), (448, 224)),
     ((10, 10), (40, 40)), ((1, 1), (4, 4))])
 def test_images_are_shown_in_a_size_for_the_screen(size, expected):
-    assert Subject(Image.new("RGB", size), "x", {}).shown().size == expected
+    assert shown(Image.new("RGB", size)).size == expected
 
 
 # ----- answers
