@@ -48,6 +48,7 @@ def chart(found: list[Point], methods: list[str]) -> dict:
     return {"$schema": "https://vega.github.io/schema/vega-lite/v5.json",
             "width": "container", "height": 420, "background": None,
             "autosize": {"type": "fit-x", "contains": "padding"},
+            "padding": {"left": 5, "top": 5, "right": 20, "bottom": 5},         # the last tick is 100 %
             "usermeta": {"embedOptions": {"actions": False}},       # none of a menu that leads to the network
             "config": config(), "data": {"values": values},
             "layer": [rule(full, y), band(x, y, methods, shown), lines(x, y, methods, shown)]}

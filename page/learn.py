@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from model.image_tokens import Grid, ImageKV, ImageTokens, Queries, Tiles
-from page.answers import refusal_html
+from page.answers import refusal_html, said_of
 from page.desk import Asked, Desk
 from page.drawing import (
     COUNT,
@@ -59,7 +59,7 @@ STYLE = """<style>
 .learn svg .words {fill: #d97706; stroke: #d97706}
 .learn svg .way {fill: none; stroke: currentColor; stroke-width: 1.5px}
 .learn .wide {overflow-x: auto}
-.learn svg a {text-decoration: none}
+.learn svg a {text-decoration: none !important}
 .learn table {border-collapse: collapse; margin: 6px 0; font-size: 13px}
 .learn table td, .learn table th {text-align: left; padding: 3px 6px !important;
                                   border: 1px solid #8886 !important}
@@ -228,8 +228,6 @@ def learn_tab(desk: Desk, state: "gr.State") -> tuple[Callable, list]:
     The element of the page is `learn`; in it are learn-canvases, learn-stage-1 to 8 and learn-total.
     """
     import gradio as gr
-
-    from page.ask import said_of
     shown = gr.HTML(NOT_YET, elem_id="learn", padding=False)
 
     def opened(asked: Asked | None) -> str:
