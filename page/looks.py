@@ -8,6 +8,7 @@ step: what the pruner has dropped, merged or masked counts as the model itself c
 N image tokens that were encoded, n that a layer attends to, H query heads, K = 1 or G sets of tokens.
 """
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -57,39 +58,38 @@ class Looks:
         What a merged token gets is spread evenly over the tokens that it stands for. The sum is below 1 only
         where a pruner has added a token that is nowhere in the image, as CSP does.
         """
-        weights = torch.stack([self._spread(token, i)[0] for i in self._chosen(layer)]).mean(0)     # [H, N]
-        return weights.mean(0) if head is None else weights[head]
+        return self.of_word([token], layer, head)[0]
 
-    def of_word(self, tokens: list[int], layer: int | None = None, head: int | None = None) -> Tensor:
-        """The mean attention of several tokens, those of a word, [N]."""
-        return torch.stack([self.attention(token, layer, head) for token in tokens]).mean(0)
+    def of_word(self, tokens: Sequence[int], layer: int | None = None,
+                head: int | None = None) -> tuple[Tensor, Tensor]:
+        """The mean attention of several tokens, those of a word; and the share of these tokens, layers and
+        heads in which each encoded token could be looked at: both [N]."""
+        layers = range(self.layers) if layer is None else [layer]
+        parts = [self._spread(self.steps[token][i], i, head) for token in tokens for i in layers]
+        attention, there = (torch.stack(part).mean(0) for part in zip(*parts, strict=True))
+        return attention, there
 
-    def there(self, token: int, layer: int | None = None, head: int | None = None) -> Tensor:
-        """The share of these layers and heads in which each encoded token could be looked at, [N]."""
-        shares = torch.stack([self._spread(token, i)[1] for i in self._chosen(layer)]).float().mean(0)
-        return shares.mean(0) if head is None else shares[head]
-
-    def _chosen(self, layer: int | None) -> range | list[int]:
-        return range(self.layers) if layer is None else [layer]
-
-    def _spread(self, token: int, layer: int) -> tuple[Tensor, Tensor]:
-        """Of one layer: attention on the encoded tokens, and which could be looked at, both [H, N]."""
-        look = self.steps[token][layer]
-        H, N = len(look.weights), len(self.coords)
-        there = here(look.where, N)                                                         # [K, N]
-        itself = torch.arange(N).expand_as(there)
-        owner = itself
+    def _spread(self, look: Look, layer: int, head: int | None) -> tuple[Tensor, Tensor]:
+        """Of one look: attention on the encoded tokens, and where it could look, [N]; means over heads."""
+        N = len(self.coords)
+        owner = torch.arange(N)[None]
         if self.owners:
-            own = self.owners[layer if len(self.owners) > 1 else 0]                         # [1 or G, N]
-            sets = max(len(own), len(there))
-            there, itself, own = (part.expand(sets, -1) for part in (there, itself, own))
-            owner = torch.where(there, itself, own)
-        size = torch.zeros(owner.shape).scatter_add(1, owner, torch.ones(owner.shape))      # [K, N]
-        owner, size, there = (part.repeat_interleave(H // len(part), 0) for part in (owner, size, there))
-        index = look.where.repeat_interleave(H // len(look.where), 0)                       # [H, n]
-        index = torch.where(index < 0, N, index)                # N: nowhere in the image
-        held = torch.zeros(H, N + 1).scatter_add(1, index, look.weights)[:, :N]
-        return (held / size.clamp(min=1)).gather(1, owner), there.gather(1, owner)
+            owner = self.owners[layer if len(self.owners) > 1 else 0]                       # [1 or G, N]
+        sets = max(len(owner), len(look.where))
+        weights = look.weights.unflatten(0, (sets, -1))                                     # [K, H/K, n]
+        owner, where = owner.expand(sets, -1), look.where.expand(sets, -1)
+        if head is None:
+            weights = weights.mean(1)                                                       # [K, n]
+        else:
+            own = [head // weights.shape[1]]
+            weights, owner, where = look.weights[[head]], owner[own], where[own]
+        there = here(where, N)                                                              # [K, N]
+        owner = torch.where(there, torch.arange(N), owner)
+        size = torch.zeros(owner.shape).scatter_add(1, owner, torch.ones(owner.shape))
+        index = torch.where(where < 0, N, where)                # N: nowhere in the image
+        held = torch.zeros(len(owner), N + 1).scatter_add(1, index, weights)[:, :N]
+        attention = (held / size.clamp(min=1)).gather(1, owner)
+        return attention.mean(0), there.gather(1, owner).float().mean(0)
 
 
 def index_of(coords: Tensor, encoded: Tensor) -> Tensor:

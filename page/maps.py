@@ -28,8 +28,7 @@ def heat_map(image: Image.Image, processor: ImageProcessor, looker: Looker, look
     and head of these could look at has no colour. Raises ValueError where nothing was recorded.
     """
     view = view_of(image, processor, looker, looks.coords)
-    attention = looks.of_word(tokens, layer, head)                                          # [N]
-    there = torch.stack([looks.there(token, layer, head) for token in tokens]).mean(0)      # [N]
+    attention, there = looks.of_word(tokens, layer, head)                                   # [N]
     patches = view.spread(looks.coords, attention)                                          # [rows, columns]
     heat = (patches / patches.max().clamp(min=1e-30)).sqrt()
     panel = view.paint(view.spread(looks.coords, there).clamp(0, 1), heat)
@@ -42,7 +41,7 @@ def heat_map(image: Image.Image, processor: ImageProcessor, looker: Looker, look
 
 def heat_words(looks: Looks, tokens: Sequence[int], layer: int | None = None, head: int | None = None) -> str:
     """What the heat map does not show: shares of attention, in per cent."""
-    attention = looks.of_word(tokens, layer, head)
+    attention, _ = looks.of_word(tokens, layer, head)
     patch = looks.coords[:, 2] >= 0
     words = (f"{attention[patch].max():.1%} of the attention is on the framed patch, "
              f"{attention[patch].sum():.1%} on all patches, {attention[~patch].sum():.1%} on class tokens")

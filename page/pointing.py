@@ -82,12 +82,12 @@ class Hits:
             self.layers, self.on_circle, self.on_classes = ([0] * (looks.layers + 1) for _ in range(3))
             self.heads = [[0 for _ in every] for _ in self.layers]
         for i, layer in enumerate([*range(looks.layers), None]):
-            mean = looks.of_word(tokens, layer)                                             # [N]
+            mean, _ = looks.of_word(tokens, layer)                                          # [N]
             self.layers[i] += points_at(mean, patch, circle)
             self.on_circle[i] += float(mean[circle].sum())
             self.on_classes[i] += float(mean[~patch].sum())
             for head in every:
-                self.heads[i][head] += points_at(looks.of_word(tokens, layer, head), patch, circle)
+                self.heads[i][head] += points_at(looks.of_word(tokens, layer, head)[0], patch, circle)
 
     def figures(self) -> dict:
         """Everything as shares of the scenes, for JSON."""

@@ -85,7 +85,9 @@ def test_the_weights_are_those_of_the_network_and_no_logit_changes(make, network
                 there = where >= 0
                 assert torch.equal(looks.coords[where[there]], coords[there])
                 assert looker.inner.name == "csp" or not own[:, ~there].any()
-            total = looks.attention(token, layer).sum()
+            mean = looks.attention(token, layer)
+            close(mean, torch.stack([looks.attention(token, layer, head) for head in range(4)]).mean(0))
+            total = mean.sum()
             assert total <= 1.0001 and (looker.inner.name == "csp" or total > 0.9999)
 
 
@@ -106,7 +108,7 @@ def test_the_bundled_model_gives_the_same_answer(assistant, method):
     assert answers[0].tokens == answers[1].tokens and answers[0].kept == answers[1].kept
     looks = pruner.looks(len(answers[0].tokens[0]))
     assert len(looks) == len(answers[0].tokens[0]) == 12 and looks.layers == 3
-    assert all(1 <= looks.there(token).sum() <= len(looks.coords) for token in range(12))
+    assert 1 <= looks.of_word(range(12))[1].sum() <= len(looks.coords)
     assert all(abs(float(looks.attention(token).sum()) - 1) < 1e-4 for token in range(12)) or method == "csp"
 
 
@@ -131,14 +133,15 @@ def test_a_dropped_token_has_nothing_and_a_mean_counts_every_head():
     looks = looks_of(([0.75, 0.25], [3, 1]), ([0.5, 0.5], [0, 3]))
     close(looks.attention(0, 0, 0), torch.tensor([0, 0.25, 0, 0.75]))
     close(looks.attention(0), torch.tensor([0.25, 0.125, 0, 0.625]))
-    assert looks.there(0).tolist() == [0.5, 0.5, 0, 1] and looks.there(0, 0, 1).tolist() == [1, 0, 0, 1]
+    assert looks.of_word([0])[1].tolist() == [0.5, 0.5, 0, 1]
+    assert looks.of_word([0], 0, 1)[1].tolist() == [1, 0, 0, 1]
 
 
 def test_what_a_merged_token_gets_is_that_of_all_that_it_stands_for():
     owner = torch.tensor([[0, 3, 3, 3]])
     merged = looks_of(([0.4, 0.6], [0, 3]), owners=[owner])
     close(merged.attention(0), torch.tensor([0.4, 0.2, 0.2, 0.2]))
-    assert merged.there(0).tolist() == [1, 1, 1, 1]
+    assert merged.of_word([0])[1].tolist() == [1, 1, 1, 1]
     before = looks_of(([0.4, 0.1, 0.2, 0.3], [0, 1, 2, 3]), owners=[owner])
     close(before.attention(0), torch.tensor([0.4, 0.1, 0.2, 0.3]))      # nothing was merged yet
     some = looks_of(([0.4, 0.1, 0.5], [0, 1, 3]), owners=[owner])
@@ -148,7 +151,7 @@ def test_what_a_merged_token_gets_is_that_of_all_that_it_stands_for():
 def test_masked_tokens_and_those_that_are_nowhere_are_not_placed():
     looks = looks_of(([0.5, 0.0, 0.5], [1, -1, -1]))
     close(looks.attention(0), torch.tensor([0, 0.5, 0, 0]))
-    assert looks.there(0).tolist() == [0, 1, 0, 0]
+    assert looks.of_word([0])[1].tolist() == [0, 1, 0, 0]
 
 
 def test_tokens_are_found_by_where_they_are():
