@@ -24,7 +24,6 @@ SLOT, GAP = 56, 10      # side of a slot without a tile, and what is between two
 WIDTH = 360             # units of the other drawings, about as many pixels on a telephone
 BOX, HIGH, DOWN = 164, 92, 116          # a box of the flow: its width and height, and from one to the next
 LEFT, RIGHT = 6, 190                    # where the boxes of the image begin, and those of the text
-UNITS = "", "k", "M", "G", "T", "P"
 ARROW = ('<marker id="learn-arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" '
          'orient="auto"><path d="M0 0 8 4 0 8z" fill="currentColor"/></marker>')
 # An address with another end would load gradio's page again, and the visitor's answer would be gone.
@@ -34,14 +33,15 @@ HATCH = ('<pattern id="learn-hatch" width="16" height="16" patternUnits="userSpa
          '<line x1="4" x2="4" y2="16" stroke="#fff" stroke-opacity=".75" stroke-width="3"/></pattern>')
 
 
-def operations(count: int) -> str:
+def operations(count: float) -> str:
     """Floating-point operations as people read them: 3 digits and a unit."""
-    number = float(count)
-    for unit in UNITS:
-        if number < 999.5 or unit == UNITS[-1]:
-            return f"{number:.3g} {unit}FLOP" if count else "none"
-        number /= 1000
-    raise AssertionError
+    if count == 0:
+        return "none"
+    for unit in "", "k", "M", "G", "T":
+        if count < 999.5:
+            return f"{count:.3g} {unit}FLOP"
+        count /= 1000
+    return f"{count:.3g} PFLOP"
 
 
 # The figures of a stage, in words.

@@ -46,7 +46,7 @@ class Reads:
 class Cost:
     count: str                                  # tiles, vectors or tokens that the stage makes
     shape: str                                  # of them
-    bytes: int                                  # of it; of a decoded token: what it reads
+    bytes: int                                  # as `Stage.bytes_are` says: of what it makes, or reads
     flops: int                                  # operations; a multiply-add counts as two
 
 
@@ -72,11 +72,6 @@ class Stage:
     pruned: dict[str, Cost] | None              # None where nothing was pruned
     code: Place
     counted_by: Place
-
-    @property
-    def is_pruned(self) -> bool:
-        """Whether pruning changes what it costs."""
-        return self.pruned is not None and self.pruned != self.full
 
 
 # Name, what it does, what its bytes are, its code, and the function that says what it costs.
