@@ -38,8 +38,9 @@ def see_tab(desk: Desk, state: gr.State) -> tuple[Callable, list]:
     with gr.Column(visible=False) as body:
         with gr.Row():
             with gr.Column(min_width=300):
-                heat = gr.Image(label="Where the model looked", format="png", interactive=False, height=460,
-                                buttons=["download", "fullscreen"], elem_id="see-heat")
+                heat = gr.Image(label="Where the model looked", format="png", interactive=False,
+                                height="min(460px, 85vw)", buttons=["download", "fullscreen"],
+                                elem_id="see-heat")
                 share = gr.HTML(elem_id="see-share")
             with gr.Column(min_width=300):
                 which = gr.Radio([PRUNED, FULL], value=PRUNED, label="Answer", elem_id="see-answer")
