@@ -18,6 +18,7 @@ from weights.messages import one_line
 from weights.tokenizer import messages
 
 GRID = "display:grid;grid-template-columns:repeat(auto-fill,minmax(140px,1fr));gap:.75rem"
+SAID = "max-height:9.5em;overflow-y:auto"       # a method that keeps the wrong tokens may ramble on
 
 
 @dataclass
@@ -80,4 +81,4 @@ def figure_html(tried: Tried) -> str:
             f'data-answer="{escape(tried.text)}" data-same="{str(tried.same).lower()}" '
             f'style="margin:0;overflow-wrap:anywhere"><img src="{data_url(tried.panel, "webp")}" '
             f'alt="what {tried.method} keeps" style="width:100%"><figcaption><b style="font-size:.85em">'
-            f'{tried.method}</b><br>{said}</figcaption></figure>')
+            f'{tried.method}</b><div style="{SAID}">{said}</div></figcaption></figure>')

@@ -8,6 +8,8 @@ from pathlib import Path
 from served import serve, visits
 from visitor import Visitor
 
+from pruning import METHODS
+
 SCHEMES = "light", "dark"
 WIDTHS = 1280, 390
 QUESTION = "Describe the picture."
@@ -23,6 +25,10 @@ def take(folder: Path):
             for tab in visitor.tabs():
                 visitor.tab(tab)
                 visitor.settle()
+                if tab == "See":
+                    page.locator("#see-all").click()
+                    page.locator("#see-methods figure").nth(len(METHODS) - 1).wait_for()
+                    visitor.settle()
                 path = folder / f"{tab.lower()}-{scheme}-{width}.png"
                 page.screenshot(path=path, full_page=True)
                 print(path, "wider than the window" if visitor.overflows() else "")

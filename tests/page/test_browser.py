@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 from playwright.sync_api import expect
 from served import HERE, SECONDS, serve
-from visitor import WATCH, Visitor
+from visitor import NEW_VERDICT, WATCH, Visitor
 
 from page.scene import EXAMPLES
 from weights.image_source import MOST_FETCHED
@@ -149,10 +149,16 @@ def test_who_leaves_in_the_middle_of_an_answer_leaves_the_model_to_others(visit,
 
 
 def test_stop_ends_an_answer_and_the_next_one_comes(visitor):
-    visitor.start(LONG)
-    visitor.doing()
-    visitor.page.locator("#stop").click()
-    expect(visitor.page.locator("#doing")).to_have_text("stopped")
+    """On a busy machine an answer may end before Stop is heard: then it is asked again."""
+    ended = visitor.page.locator("#doing", has_text="stopped").or_(visitor.page.locator(NEW_VERDICT))
+    for _ in range(5):
+        visitor.start(LONG)
+        visitor.doing()
+        visitor.page.locator("#stop").click()
+        ended.wait_for()
+        if visitor.text("doing"):
+            break
+    assert visitor.text("doing") == "stopped"
     assert visitor.page.locator("#verdict").count() == 0
     assert visitor.ask("What is written on the circle?") == ("Y", "Y")
 
@@ -166,7 +172,7 @@ def test_two_people_at_once_get_their_own_answers(visit):
         for person in people:
             person.start()
         for person, (_, _, answer) in zip(people, wanted, strict=True):
-            person.page.locator("#verdict:not([data-old])").wait_for()
+            person.page.locator(NEW_VERDICT).wait_for()
             assert person.text("full-answer") == answer
 
 

@@ -16,6 +16,7 @@ IDLE = """() => ![...document.querySelectorAll("[data-testid=status-tracker]:not
     waiting => waiting.checkVisibility() && waiting.innerText)
     && [...document.images].every(image => image.complete || !image.checkVisibility())"""
 MARK = "selector => document.querySelectorAll(selector).forEach(old => old.setAttribute('data-old', ''))"
+NEW_VERDICT = "#verdict:not([data-old])"
 
 
 class Visitor:
@@ -68,7 +69,7 @@ class Visitor:
     def ask(self, question: str | None = None) -> tuple[str, str]:
         """The answer with all image tokens, and the one with fewer."""
         self.start(question)
-        self.page.locator("#verdict:not([data-old])").wait_for()
+        self.page.locator(NEW_VERDICT).wait_for()
         return self.text("full-answer"), self.text("pruned-answer")
 
     def doing(self):
