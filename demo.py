@@ -12,6 +12,7 @@ program.begin(__name__)
 import argparse
 import os
 import socket
+from tempfile import TemporaryDirectory
 from threading import Event
 from typing import TYPE_CHECKING
 
@@ -56,7 +57,9 @@ def show(args: argparse.Namespace):
     port = free_port(args.port)
     assistant = Assistant(args.model, **model_options(args))
     say_how(assistant.model, args, assistant.adapters)
-    serve(Desk(assistant, args.model), port)
+    with TemporaryDirectory(prefix=TITLE, ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = folder      # what visitors upload leaves with the page
+        serve(Desk(assistant, args.model), port)
 
 
 def serve(desk: Desk, port: int):
@@ -66,10 +69,7 @@ def serve(desk: Desk, port: int):
                 max_file_size=MOST_FETCHED, footer_links=[], run_history=False, ssr_mode=False, pwa=False,
                 mcp_server=False, enable_monitoring=False, css=STYLE, theme=theme())
     say(f"the page is at http://{HOST}:{port} (Ctrl-C ends it)")
-    try:
-        Event().wait()
-    finally:
-        made.close(verbose=False)
+    Event().wait()
 
 
 def page(desk: Desk) -> "gr.Blocks":

@@ -61,7 +61,7 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
     gallery.select(choose_example, None, begun, show_progress="hidden")
     scene.click(lambda: begin(new_scene()), None, begun, show_progress="hidden")
     upload.upload(upload_image, upload, begun, show_progress="minimal", show_progress_on=image)
-    kind.select(another_question, subject, question, show_progress="hidden")
+    kind.select(another_question, [subject, question], question, show_progress="hidden")
     method.change(about_method, method, about, show_progress="hidden")
     answered = gr.on([button.click, question.submit], partial(answer, desk),
                      [subject, question, method, keep, state], [state, answers, button],
@@ -95,9 +95,9 @@ def choose_example(chosen: gr.SelectData) -> tuple:
     return begin(example(chosen.index))
 
 
-def another_question(subject: Subject, chosen: gr.SelectData) -> str:
-    """Of the kind that was chosen: another each time, where there are several."""
-    return subject.question(chosen.value)
+def another_question(subject: Subject, before: str, chosen: gr.SelectData) -> str:
+    """Of the kind that was chosen."""
+    return subject.question(chosen.value, before)
 
 
 def upload_image(path: str) -> tuple:

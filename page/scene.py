@@ -40,13 +40,14 @@ class Subject:
     questions: dict[str, list[Question]]        # by kind
     first: str = ""                             # the question to begin with
 
-    def question(self, kind: str) -> str:
-        """One of a kind, another each time where there are several. Raises ValueError for a kind that is not
-        there."""
+    def question(self, kind: str, before: str = "") -> str:
+        """One of a kind, another than `before` where there are several. Raises ValueError for a kind that is
+        not there."""
         if kind not in self.questions:
             raise ValueError(f"there is no question of kind {kind!r} about this image; choose one of "
                              f"{', '.join(self.questions)}")
-        return random.choice(self.questions[kind]).text
+        texts = [question.text for question in self.questions[kind]]
+        return random.choice([text for text in texts if text != before] or texts)
 
     def right(self, question: str) -> str | None:
         """The right answer to one of these questions; None where nobody knows it."""

@@ -2,6 +2,7 @@
 import os
 import socket
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -57,10 +58,16 @@ def test_a_bad_model_is_one_line_too(refused):
 
 def test_it_serves_this_machine_only_and_asks_nobody(refused, monkeypatch):
     served = []
-    monkeypatch.setattr(demo, "serve", lambda desk, port: served.append((desk, port)))
+
+    def serve(desk: Desk, port: int):
+        assert Path(os.environ["GRADIO_TEMP_DIR"]).is_dir()
+        served.append((desk, port))
+
+    monkeypatch.setattr(demo, "serve", serve)
     monkeypatch.setattr(sys, "argv", ["demo.py", "--port", "0"])
     demo.main()
     (desk, port), = served
     assert isinstance(desk, Desk) and desk.name == "tiny" and port > 0
     assert demo.HOST == "127.0.0.1" and os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
     assert "127.0.0.1" in os.environ["NO_PROXY"]
+    assert not Path(os.environ["GRADIO_TEMP_DIR"]).exists()
