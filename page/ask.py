@@ -9,7 +9,6 @@ refused, and the figures, full-image_tokens-kept and so on, with `data-value`.
 """
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
 from functools import partial
 
 import gradio as gr
@@ -22,15 +21,7 @@ from pruning import METHODS
 MODEL = "model"             # the queue of everything that needs the model: one at a time
 
 
-@dataclass
-class AskTab:
-    """What others wire to: `answered` is the event of an answer, after which `state` holds it."""
-    answered: gr.events.Dependency
-    method: gr.Dropdown
-    keep: gr.Slider
-
-
-def ask_tab(desk: Desk, state: gr.State) -> AskTab:
+def ask_tab(desk: Desk, state: gr.State):
     """Build the tab inside the current `gr.Tab`; `state` gets the Asked of each answer."""
     first = example(0)
     subject = gr.State(first)
@@ -68,7 +59,6 @@ def ask_tab(desk: Desk, state: gr.State) -> AskTab:
                      concurrency_limit=1, concurrency_id=MODEL, show_progress="minimal", api_name="ask")
     answered.then(ended, answers, [answers, button], show_progress="hidden")
     stop.click(None, cancels=[answered])
-    return AskTab(answered, method, keep)
 
 
 def answer(desk: Desk, subject: Subject, question: str, method: str, percent: float,
