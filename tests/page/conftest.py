@@ -33,7 +33,7 @@ def browser() -> Iterator["Visits"]:
 
 
 @pytest.fixture
-def visit(served, browser) -> Iterator[Callable]:
+def visit(browser, served) -> Iterator[Callable]:
     """Opens the page for one more visitor. At the end no page may have written an error on its console, and
     nothing may have been asked of any other machine."""
     pages = []

@@ -34,7 +34,8 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "-
 
 @dataclass
 class Served:
-    """A running demo.py: its address, the seconds until it answered, and its log of connections."""
+    """A running demo.py: its address, the seconds until it answered (as on a machine that does nothing else),
+    and its log of connections."""
     process: subprocess.Popen
     url: str
     seconds: float
@@ -72,11 +73,16 @@ def serve(folder: Path, *options: str) -> Iterator[Served]:
         while not answers(url):
             assert process.poll() is None, process.communicate()[0][-3000:]
             time.sleep(0.05)
-        yield Served(process, url, time.monotonic() - began, log)
+        yield Served(process, url, time.monotonic() - began - waited(process.pid), log)
     finally:
         process.kill()
         process.wait()
         process.stdout.close()
+
+
+def waited(process: int) -> float:
+    """The seconds in which a process could have run, but others had the processors."""
+    return int(Path(f"/proc/{process}/schedstat").read_text(encoding="utf-8").split()[1]) / 1e9
 
 
 def answers(url: str) -> bool:
