@@ -46,14 +46,23 @@ def test_what_is_asked_of_other_machines_is_noticed(browser, served):
 # ----- an answer
 
 
-def test_the_answer_streams(visitor):
-    visitor.page.evaluate(WATCH, "pruned-answer")
+def test_the_answer_streams_and_before_it_comes_the_page_says_what_is_done(visitor):
+    visitor.page.evaluate(WATCH, ["doing", "pruned-answer"])
     full, pruned = visitor.ask(LONG)
     seen = visitor.page.evaluate("window.seen")
     assert full == ("a black star, a pink circle with Y, a brown ring and an orange cross, and a sign that "
                     "says 689")
-    assert len(seen) > 3 and seen[-1] == pruned
-    assert all(later.startswith(earlier) for earlier, later in zip(seen, seen[1:], strict=False))
+    words = seen["pruned-answer"]
+    assert len(words) > 3 and words[-1] == pruned
+    assert all(later.startswith(earlier) for earlier, later in zip(words, words[1:], strict=False))
+    assert seen["doing"][0].startswith(("encoding 4 tiles", "reading the prompt"))
+    assert "answering" in seen["doing"]
+
+
+def test_the_return_key_asks(visitor):
+    visitor.page.locator("#question textarea").press("Enter")
+    visitor.page.locator(NEW_VERDICT).wait_for()
+    assert visitor.text("full-answer") == "Y"
 
 
 def test_the_slider_says_how_many_tokens_are_kept(visitor):

@@ -135,12 +135,12 @@ def test_all_methods_answer_one_after_the_other(seer, visit):
     """And somebody else is answered meanwhile."""
     seer.see(QUESTION)
     seer.share("For the answer:")
-    seer.page.evaluate(WATCH, "see-progress")
+    seer.page.evaluate(WATCH, ["see-progress"])
     seer.page.locator("#see-all").click()
     seer.page.locator("#see-methods figure").first.wait_for()
     assert Visitor(visit()).ask("Do you see a red star?")[0] == "no"
     seer.page.locator(f'#see-progress[data-done="{len(METHODS)}"]').wait_for()
-    assert len(seer.page.evaluate("window.seen")) > 5
+    assert len(seer.page.evaluate("window.seen")["see-progress"]) > 5
     figures = seer.page.locator("#see-methods figure")
     assert [figure.get_attribute("data-method") for figure in figures.all()] == [*METHODS]
     for figure in figures.all():

@@ -3,13 +3,13 @@ from pathlib import Path
 
 from playwright.sync_api import Page, expect
 
-# Every text that an element has had, from now on, in window.seen.
-WATCH = """id => {
-    window.seen = [];
-    new MutationObserver(() => {
+# Every text that some elements have had, from now on: window.seen[id].
+WATCH = """ids => {
+    window.seen = Object.fromEntries(ids.map(id => [id, []]));
+    new MutationObserver(() => ids.forEach(id => {
         const text = document.getElementById(id)?.innerText ?? "";
-        if (text && window.seen.at(-1) !== text) window.seen.push(text);
-    }).observe(document.body, {subtree: true, childList: true, characterData: true});
+        if (text && window.seen[id].at(-1) !== text) window.seen[id].push(text);
+    })).observe(document.body, {subtree: true, childList: true, characterData: true});
 }"""
 # Whether no element waits for an answer, and all images are here.
 IDLE = """() => ![...document.querySelectorAll("[data-testid=status-tracker]:not(.hide)")].some(
