@@ -3,6 +3,7 @@ installed; `.ci/demo` makes such an environment, installs Debian's Chromium, and
 """
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,9 +19,11 @@ else:
 
 @pytest.fixture(scope="session")
 def served(tmp_path_factory) -> Iterator["Served"]:
-    """demo.py with the bundled checkpoint, for all tests of a run."""
+    """demo.py with the bundled checkpoint, for all tests of a run. Of all that visitors did, nothing may have
+    been a fault of the program: it would have said so."""
     with serve(tmp_path_factory.mktemp("demo")) as running:
         yield running
+        assert running.interrupt() == (128 + signal.SIGINT, running.greeting)
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,11 @@ class Served:
         """All that the program has looked up or connected to so far."""
         return {line.split()[1] for line in self.connections.read_text(encoding="utf-8").splitlines()}
 
+    @property
+    def greeting(self) -> str:
+        """All that the program says while nothing goes wrong."""
+        return f"the page is at {self.url} (Ctrl-C ends it)\n"
+
     def interrupt(self) -> tuple[int, str]:
         """Ctrl-C: the exit code, and all that the program has said."""
         self.process.send_signal(signal.SIGINT)

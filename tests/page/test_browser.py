@@ -26,7 +26,7 @@ def test_the_page_answers_in_under_ten_seconds_and_ctrl_c_ends_it(served, tmp_pa
     """The second start: at the first one, Python may still have to compile what it imports."""
     with serve(tmp_path) as another:
         assert another.seconds < SECONDS
-        assert another.process.stdout.readline() == f"the page is at {another.url} (Ctrl-C ends it)\n"
+        assert another.process.stdout.readline() == another.greeting
         assert another.interrupt() == (128 + signal.SIGINT, "")
     assert another.hosts() <= {HERE}
 
