@@ -117,7 +117,8 @@ def test_counts_of_layers_are_spans():
     assert spans((7, 7.0)) == "7" and spans((10.5, 3, 20)) == "3 to 20"
 
 
-@pytest.mark.parametrize("function", [part for _, _, _, *both in STAGES for part in both], ids=str)
+@pytest.mark.parametrize("function", [part for _, _, _, *both in STAGES for part in both],
+                         ids=lambda function: function.__qualname__)
 def test_every_stage_shows_the_source_that_its_line_names(function):
     where = place(function)
     lines = (ROOT / where.path).read_text(encoding="utf-8").splitlines(keepends=True)
