@@ -94,15 +94,22 @@ def quantized(made: dict) -> Table:
             "times as fast", "tokens/s", "of ceiling", "all weights", "read a token", "logits differ by"]
     rows = made.get("quantized", [])            # files of before have none
     full = {(row["how"], row["batch"], row["pruner"]): row for row in rows if row["weights"] == "in full"}
+    names = short({row["pruner"] or "none" for row in rows})
     lines = []
     for row in rows:
         ours = full[row["how"], row["batch"], row["pruner"]]
-        lines.append([row["weights"], str(row["batch"]), row["pruner"] or "none", row["how"],
+        lines.append([row["weights"], str(row["batch"]), names[row["pruner"] or "none"], row["how"],
                       milliseconds(row["prefill_ms"]), f"{ours['prefill_ms'] / row['prefill_ms']:.2f}",
                       milliseconds(row["token_ms"]), f"{ours['token_ms'] / row['token_ms']:.2f}",
                       f"{row['tokens_per_second']:.3g}", f"{row['fraction_of_ceiling']:.0%}",
                       size(row["bytes"]), size(row["read_bytes"]), dash(row["difference"], "{:.1%}".format)])
     return [head, *lines]
+
+
+def short(pruners: set[str]) -> dict[str, str]:
+    """Methods without what stands behind a semicolon, where that tells them apart; the notes have it all."""
+    names = {pruner: pruner.partition(";")[0] for pruner in pruners}
+    return names if len(set(names.values())) == len(names) else dict(zip(pruners, pruners, strict=True))
 
 
 def notes(made: dict) -> list[str]:
