@@ -129,11 +129,18 @@ class Desk:
             asked.encoded = encoded
             asked.full = Said()
             self.say(asked, asked.full, None, encoded, push)
-            if "preprocess" in hooks(type(pruner)):
-                encoded = self.assistant.encode_images([asked.image], pruner)
+            encoded = self.encoded_for(pruner, asked, encoded)
             asked.pruned = Said()
             self.say(asked, asked.pruned, pruner, encoded, push)
         push(asked.now(""))
+
+    def encoded_for(self, pruner: Pruner, asked: Asked, unpruned: EncodedImages,
+                    watcher: Pruner | None = None) -> EncodedImages:
+        """The image as a pruner reads it: `unpruned`, or encoded anew if it shrinks the image first (hook 0).
+        `watcher` is a pruner around it. Who calls it has the model."""
+        if "preprocess" not in hooks(type(pruner)):
+            return unpruned
+        return self.assistant.encode_images([asked.image], watcher or pruner)
 
     def say(self, asked: Asked, said: Said, pruner: Pruner | None, encoded: EncodedImages, push: Push):
         """One of the two answers."""
@@ -156,9 +163,7 @@ class Desk:
         inner = asked.pruner() if pruned else Pruner()
         watcher = around(inner)
         with self.turn(asked, lambda asked: None):
-            encoded = asked.encoded
-            if pruned and "preprocess" in hooks(type(inner)):
-                encoded = self.assistant.encode_images([asked.image], watcher)
+            encoded = self.encoded_for(inner, asked, asked.encoded, watcher)
             answer = self.assistant.answer([messages(asked.question, 1)], encoded, asked.max_new_tokens,
                                            pruner=watcher)
         if answer.tokens[0] != [word.token for word in said.words]:

@@ -9,6 +9,7 @@ C cross-attention layers, N real image tokens, t tiles that the encoder computes
 width, G key/value heads, d head width, S side of a tile in pixels.
 """
 import inspect
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -175,8 +176,8 @@ def costs(model: LlamaVision, prompt_tokens: int, reads: Reads) -> list[Cost]:
     text_kv = model.kv_bytes(prompt_tokens, [])["text"]
     next_kv = model.kv_bytes(prompt_tokens + 1, [])["text"]
     return [
-        Cost(f"{rows * columns} of {vision.max_num_tiles} tiles", shown(pixels), product(pixels) * size, 0),
-        Cost(f"{tiles * vision.tokens_per_tile} vectors", shown(patches), product(patches) * size,
+        Cost(f"{rows * columns} of {vision.max_num_tiles} tiles", shown(pixels), math.prod(pixels) * size, 0),
+        Cost(f"{tiles * vision.tokens_per_tile} vectors", shown(patches), math.prod(patches) * size,
              patch_flops),
         Cost(f"{N} tokens", shown((N, vision.output_dim)), N * vision.output_dim * size,
              encoder_flops - patch_flops),
@@ -192,10 +193,6 @@ def costs(model: LlamaVision, prompt_tokens: int, reads: Reads) -> list[Cost]:
 
 def shown(shape: tuple[int, ...]) -> str:
     return f"[{', '.join(map(str, shape))}]"
-
-
-def product(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def spans(counts: tuple[float, ...]) -> str:

@@ -13,7 +13,7 @@ from page.desk import Asked, Desk
 from page.drawing import data_url
 from page.looks import Looker
 from page.maps import SMALL, kept_panel, smaller
-from pruning import METHODS, hooks, load
+from pruning import METHODS, load
 from weights.messages import one_line
 from weights.tokenizer import messages
 
@@ -39,12 +39,11 @@ def try_methods(desk: Desk, asked: Asked, methods: Sequence[str] = tuple(METHODS
     with desk.turn(asked, ignore):
         unpruned = assistant.encode_images([asked.image], keep_states=True)
     for name in methods:
-        looker = Looker(load(name, keep=asked.keep))
+        pruner = load(name, keep=asked.keep)
+        looker = Looker(pruner)
         try:
             with desk.turn(asked, ignore):
-                encoded = unpruned
-                if "preprocess" in hooks(METHODS[name]):
-                    encoded = assistant.encode_images([asked.image], looker)
+                encoded = desk.encoded_for(pruner, asked, unpruned, looker)
                 answer = assistant.answer([messages(asked.question, 1)], encoded, asked.max_new_tokens,
                                           pruner=looker)
             panel = kept_panel(asked.image, assistant.processor, looker)
